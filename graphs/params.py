@@ -1,0 +1,62 @@
+"""The weights of one model, as the decoder reads them: projections fused, read-only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mini_infer.graphs.spec import ModelSpec
+from mini_infer.kernels.linear import LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParams:
+    """Weights of one decoder layer.
+
+    Attributes:
+        input_norm: [hidden_size], before attention.
+        qkv: Query, key and value projections stacked, [q_size + 2 * kv_size, hidden_size].
+        q_norm, k_norm: [head_dim] each, or None.
+        o: [hidden_size, q_size].
+        post_norm: [hidden_size], before the feed-forward layer.
+        gate_up: Gate and up projections stacked, [2 * intermediate_size, hidden_size].
+        down: [hidden_size, intermediate_size].
+    """
+
+    input_norm: Tensor
+    qkv: LinearWeight
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: LinearWeight
+    post_norm: Tensor
+    gate_up: LinearWeight
+    down: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """Weights of the whole model.
+
+    Attributes:
+        embedding: [vocab_size, hidden_size].
+        layers: One entry for each decoder layer.
+        norm: [hidden_size], after the last layer.
+        head: [vocab_size, hidden_size]; the embedding's own memory when tied.
+        cos, sin: RoPE tables, [max_positions, head_dim // 2] float32.
+    """
+
+    embedding: Tensor
+    layers: tuple[LayerParams, ...]
+    norm: Tensor
+    head: LinearWeight
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_tables(spec: ModelSpec, max_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, scaled, each [max_positions, head_dim // 2] float32."""
+    positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, torch.tensor(spec.inv_freq, dtype=torch.float32, device=device))
+    return angles.cos() * spec.rope_scale, angles.sin() * spec.rope_scale

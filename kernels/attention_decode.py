@@ -1,0 +1,376 @@
+"""Decode attention over the paged KV cache: one query token per sequence.
+
+    out[s, h] = sum_j softmax_j(scale * q[s, h] . k_j) * v_j,   max(0, len - window) <= j < len = context_lens[s]
+
+with k_j = key_cache[table[j // block_size], h // group, j % block_size], table = block_tables[s], group = num_heads /
+num_kv_heads. query: [num_seqs, num_heads, head_dim] float32, float16 or bfloat16; caches [num_blocks, num_kv_heads,
+block_size, head_dim]; block_tables [num_seqs, max_blocks]; context_lens [num_seqs], each >= 1 and counting the current
+token, whose K/V is already stored. A padded row is an ordinary row: length 1, table all null block.
+
+On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The context is
+cut at multiples of SPLIT_TOKENS, a constant, so that a row's result depends on nothing but the row; each piece is
+reduced with an online softmax (Milakov & Gimelshein 2018) by one program per KV head, whose tile holds the head's whole
+query group; a second kernel weighs the pieces by their log-sum-exp. The grid depends on shapes only, lengths are read
+from device memory.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mini_infer.kernels.common import INTERPRET, check_attention, next_power_of_2, register_op
+
+SPLIT_TOKENS = 256
+_CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
+
+
+def paged_attention_reference(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Decode attention in plain torch, row by row."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group = query.shape[1] // key_cache.shape[1]
+    for row, length in enumerate(context_lens.tolist()):
+        start = max(0, length - sliding_window) if sliding_window else 0
+        blocks = block_tables[row, : -(-length // key_cache.shape[2])].long()
+        key = (
+            key_cache[blocks].float().transpose(0, 1).flatten(1, 2)[:, start:length]
+        )  # [num_kv_heads, tokens, head_dim]
+        value = value_cache[blocks].float().transpose(0, 1).flatten(1, 2)[:, start:length]
+        q = query[row].float().view(-1, group, query.shape[2]) * scale  # [num_kv_heads, group, head_dim]
+        out[row] = (torch.softmax(q @ key.transpose(1, 2), -1) @ value).flatten(0, 1).to(query.dtype)
+    return out
+
+
+@triton.jit
+def _split_kernel(
+    query_ptr,  # [num_seqs, num_heads, HEAD_DIM], strided
+    key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
+    value_cache_ptr,
+    block_table_ptr,  # [num_seqs, max_blocks]
+    context_len_ptr,  # [num_seqs]
+    out_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] contiguous: each split's normalised output
+    lse_ptr,  # [num_seqs, num_heads, max_splits] float32: its log-sum-exp (base 2); unwritten when max_splits is 1
+    num_heads,
+    q_stride_seq,
+    q_stride_head,
+    kc_stride_block,
+    kc_stride_head,
+    kc_stride_slot,
+    vc_stride_block,
+    vc_stride_head,
+    vc_stride_slot,
+    table_stride,
+    scale,
+    max_splits,
+    SLIDING_WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.load(context_len_ptr + seq).to(tl.int32)
+    start = split * SPLIT
+    end = tl.minimum(start + SPLIT, length)
+    lowest = 0  # the first position that the query sees
+    if SLIDING_WINDOW > 0:
+        lowest = tl.maximum(length - SLIDING_WINDOW, 0)
+        # Whole tiles below the window are skipped, so every tile visited holds a visible position.
+        start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+    if start >= end:
+        return
+
+    group = tl.arange(0, BLOCK_GROUP)  # [BLOCK_GROUP] query heads of this KV head
+    dims = tl.arange(0, BLOCK_DIM)  # [BLOCK_DIM]
+    heads = kv_head * GROUP + group
+    dim_mask = dims < HEAD_DIM
+    q_mask = (group < GROUP)[:, None] & dim_mask[None, :]
+    q_source = query_ptr + seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
+    query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
+    if UPCAST_DOT:
+        query = query.to(tl.float32)
+    scale_log2 = scale.to(tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
+
+    key_base = key_cache_ptr + kv_head * kc_stride_head
+    value_base = value_cache_ptr + kv_head * vc_stride_head
+    table = block_table_ptr + seq * table_stride
+    highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for tile in range(start, end, BLOCK_N):
+        position = tile + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        visible = (position < end) & (position >= lowest)
+        block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
+        slot = (position % BLOCK_SIZE).to(tl.int64)
+        kv_mask = visible[:, None] & dim_mask[None, :]
+        key_rows = block * kc_stride_block + slot * kc_stride_slot
+        value_rows = block * vc_stride_block + slot * vc_stride_slot
+        key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
+        value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        if UPCAST_DOT:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        rescale = tl.exp2(highest - new_highest)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        highest = new_highest
+
+    row = (seq * num_heads + heads) * max_splits + split  # [BLOCK_GROUP]
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
+    if max_splits > 1:
+        tl.store(lse_ptr + row, highest + tl.log2(total), mask=group < GROUP)
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] float32
+    lse_ptr,  # [num_seqs, num_heads, max_splits] float32, base 2
+    context_len_ptr,  # [num_seqs]
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous
+    num_heads,
+    max_splits,
+    SLIDING_WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    row = seq * num_heads + tl.program_id(1)
+    dims = tl.arange(0, BLOCK_DIM)
+    length = tl.load(context_len_ptr + seq).to(tl.int32)
+    first = 0  # splits before it lie wholly below the window and were never written
+    if SLIDING_WINDOW > 0:
+        first = tl.maximum(length - SLIDING_WINDOW, 0) // SPLIT
+    highest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_DIM], tl.float32)
+    for split in range(first, tl.cdiv(length, SPLIT)):
+        at = row * max_splits + split
+        lse = tl.load(lse_ptr + at)
+        part = tl.load(part_ptr + at * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        new_highest = tl.maximum(highest, lse)
+        rescale = tl.exp2(highest - new_highest)
+        weight = tl.exp2(lse - new_highest)
+        acc = acc * rescale + part * weight
+        total = total * rescale + weight
+        highest = new_highest
+    tl.store(out_ptr + row * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def _launch_paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if num_seqs == 0:
+        return out
+    block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+    context_lens = context_lens.contiguous()
+    max_splits = -(-block_tables.shape[1] * block_size // SPLIT_TOKENS)
+    parts, lse = out, out
+    if max_splits > 1:
+        parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
+        lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
+    block_dim = next_power_of_2(head_dim)
+    small_tile = query.dtype == torch.float32 or block_dim > 128
+    _split_kernel[(num_seqs, num_kv_heads, max_splits)](
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        context_lens,
+        parts,
+        lse,
+        num_heads,
+        query.stride(0),
+        query.stride(1),
+        key_cache.stride(0),
+        key_cache.stride(1),
+        key_cache.stride(2),
+        value_cache.stride(0),
+        value_cache.stride(1),
+        value_cache.stride(2),
+        block_tables.stride(0),
+        scale,
+        max_splits,
+        SLIDING_WINDOW=sliding_window,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SPLIT=SPLIT_TOKENS,
+        BLOCK_GROUP=max(16, next_power_of_2(num_heads // num_kv_heads)),  # tl.dot needs 16 rows
+        BLOCK_DIM=block_dim,
+        BLOCK_N=32 if small_tile else 64,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        UPCAST_DOT=INTERPRET,
+        num_warps=4,
+        num_stages=2 if small_tile else 3,
+    )
+    if max_splits > 1:
+        _combine_kernel[(num_seqs, num_heads)](
+            parts,
+            lse,
+            context_lens,
+            out,
+            num_heads,
+            max_splits,
+            SLIDING_WINDOW=sliding_window,
+            HEAD_DIM=head_dim,
+            SPLIT=SPLIT_TOKENS,
+            BLOCK_DIM=block_dim,
+            num_warps=1,
+        )
+    return out
+
+
+def _paged_attention_cpu(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    """Rows of similar length together, scores block by block, so that K and V are copied once and never transposed."""
+    block_size = key_cache.shape[2]
+    lens: list[int] = context_lens.tolist()
+    num_blocks = [-(-length // block_size) for length in lens]
+    limit = max(1, _CPU_GATHER_ELEMENTS // key_cache[0].numel())  # blocks at once
+    if len(lens) * max(num_blocks, default=0) <= limit:
+        most = max(num_blocks, default=0)
+        return _attend_rows(query, key_cache, value_cache, block_tables[:, :most], context_lens, scale, sliding_window)
+    out = torch.empty(query.shape, dtype=query.dtype)
+    order = sorted(range(len(lens)), key=num_blocks.__getitem__, reverse=True)
+    first = 0
+    while first < len(order):
+        most = num_blocks[order[first]]
+        count = max(1, limit // most)
+        rows = torch.tensor(order[first : first + count])
+        out[rows] = _attend_rows(
+            query[rows],
+            key_cache,
+            value_cache,
+            block_tables[rows, :most],
+            context_lens[rows],
+            scale,
+            sliding_window,
+        )
+        first += count
+    return out
+
+
+def _attend_rows(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    rows, heads, head_dim = query.shape
+    _, kv_heads, block_size, _ = key_cache.shape
+    blocks = block_tables.shape[1]
+    group = heads // kv_heads
+    # Past a row's length its table may hold anything: those entries read the null block and are masked below.
+    position = torch.arange(blocks * block_size)  # [tokens]
+    lens = context_lens.unsqueeze(1)  # [rows, 1]
+    hidden = position >= lens  # [rows, tokens]
+    if rows > 1:
+        block_tables = block_tables.masked_fill(hidden[:, ::block_size], 0)
+    if sliding_window:
+        hidden |= position < lens - sliding_window
+    ids = block_tables.reshape(-1)  # [rows * blocks]
+    key = key_cache.index_select(0, ids).float()  # [rows * blocks, kv_heads, block_size, head_dim]
+    value = value_cache.index_select(0, ids).float()
+    q = (query.float() * scale).view(rows, 1, kv_heads, group, head_dim)
+    if blocks > 1:
+        q = q.expand(rows, blocks, kv_heads, group, head_dim)
+    q = q.reshape(rows * blocks, kv_heads, group, head_dim)
+    scores = torch.matmul(q, key.transpose(2, 3)).view(rows, blocks, kv_heads, group, block_size)
+    scores = scores.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group, blocks * block_size)
+    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    weights = torch.softmax(scores, -1).view(rows, kv_heads, group, blocks, block_size)
+    weights = weights.permute(0, 3, 1, 2, 4).reshape(rows * blocks, kv_heads, group, block_size)
+    out = torch.matmul(weights, value).view(rows, blocks, heads, head_dim)
+    return out.sum(1).to(query.dtype)
+
+
+def _paged_attention_fake(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+_paged_attention_op = register_op(
+    "paged_attention", _paged_attention_fake, cpu=_paged_attention_cpu, cuda=_launch_paged_attention
+)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Attention of one query token per sequence over its paged context.
+
+    Args:
+        query: [num_seqs, num_heads, head_dim].
+        key_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of query.
+        value_cache: As key_cache.
+        block_tables: [num_seqs, max_blocks] int32 or int64; entries past a row's length are never followed.
+        context_lens: [num_seqs] int32 or int64, tokens in the context, the current one included; each >= 1.
+        scale: Factor on the scores; 1 / sqrt(head_dim) when None.
+        sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
+
+    Returns:
+        [num_seqs, num_heads, head_dim], dtype of query.
+    """
+    check_attention(query, key_cache, value_cache, block_tables, context_lens, sliding_window)
+    if query.shape[0] != context_lens.shape[0]:
+        raise ValueError(f"context_lens must be [{query.shape[0]}] (query's rows), got {tuple(context_lens.shape)}")
+    if scale is None:
+        scale = float(query.shape[2]) ** -0.5
+    out: Tensor = _paged_attention_op(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
+    return out

@@ -1,0 +1,192 @@
+"""RMSNorm, alone and fused with the residual add (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    rmsnorm(x)        = cast(x / sqrt(mean(x ** 2) + eps)) * weight
+    add_rmsnorm(x, r) = rmsnorm(x + r), x + r
+
+x, residual: [..., hidden], last dimension dense, float32, float16 or bfloat16; weight: [hidden] in the same dtype. The
+statistics are taken in float32; as in Hugging Face Llama the normalised value is cast back to the dtype before the
+multiplication. Rows are independent, each reduced in one fixed order; padded rows are ordinary rows.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mini_infer.kernels.common import check_floating, check_same, next_power_of_2, register_op
+
+
+def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm in plain torch."""
+    x32 = x.float()
+    inv_rms = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
+    return (x32 * inv_rms).to(x.dtype).mul_(weight)
+
+
+def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Residual add, then RMSNorm, in plain torch."""
+    new_residual = x + residual
+    return rmsnorm_reference(new_residual, weight, eps), new_residual
+
+
+@triton.jit
+def _rmsnorm_kernel(
+    x_ptr,  # [num_rows, hidden], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
+    residual_ptr,  # same shape and strides of its own; unread unless HAS_RESIDUAL
+    weight_ptr,  # [hidden]
+    out_ptr,  # [num_rows, hidden] contiguous
+    new_residual_ptr,  # [num_rows, hidden] contiguous; unwritten unless HAS_RESIDUAL
+    num_rows,
+    inner,
+    x_stride_outer,
+    x_stride_inner,
+    r_stride_outer,
+    r_stride_inner,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    cols = tl.arange(0, BLOCK_HIDDEN)  # [BLOCK_HIDDEN]
+    mask = (rows < num_rows)[:, None] & (cols < HIDDEN)[None, :]
+    outer_index = rows // inner
+    inner_index = rows % inner
+    x_rows = outer_index * x_stride_outer + inner_index * x_stride_inner
+    x = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    out_offsets = rows[:, None] * HIDDEN + cols[None, :]
+    if HAS_RESIDUAL:
+        r_rows = outer_index * r_stride_outer + inner_index * r_stride_inner
+        x += tl.load(residual_ptr + r_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(new_residual_ptr.dtype.element_ty)
+        tl.store(new_residual_ptr + out_offsets, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    mean_square = tl.sum(x * x, axis=1) / HIDDEN  # [BLOCK_ROWS]
+    inv_rms = 1.0 / tl.sqrt_rn(mean_square + eps.to(tl.float32))
+    normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
+    tl.store(out_ptr + out_offsets, (normed * weight[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x as rows: (x or a contiguous copy, stride_outer, stride_inner, inner), with row r as in the kernel's comment."""
+    if x.dim() == 3 and x.stride(2) == 1:
+        return x, x.stride(0), x.stride(1), x.shape[1]
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0), 0, 1
+    return x.contiguous(), x.shape[-1], 0, 1
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows = x.numel() // hidden
+    if num_rows == 0:
+        return out, new_residual
+    x, x_outer, x_inner, inner = _row_strides(x)
+    r, r_outer, r_inner = x, x_outer, x_inner
+    if residual is not None:
+        r, r_outer, r_inner, r_inner_count = _row_strides(residual)
+        if r_inner_count != inner:  # one of the two had to be copied: bring both to plain rows
+            x, x_outer, x_inner, inner = x.contiguous(), hidden, 0, 1
+            r, r_outer, r_inner = r.contiguous(), hidden, 0
+    block_hidden = next_power_of_2(hidden)
+    block_rows = max(1, 1024 // block_hidden)  # short rows (q/k norm) share a program
+    _rmsnorm_kernel[((num_rows + block_rows - 1) // block_rows,)](
+        x,
+        r,
+        weight,
+        out,
+        new_residual,
+        num_rows,
+        inner,
+        x_outer,
+        x_inner,
+        r_outer,
+        r_inner,
+        eps,
+        HIDDEN=hidden,
+        BLOCK_ROWS=block_rows,
+        BLOCK_HIDDEN=block_hidden,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=min(max(block_hidden // 256, 4), 16),
+    )
+    return out, new_residual
+
+
+def _launch_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, eps)[0]
+
+
+def _launch_add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, weight, eps)
+
+
+def _rmsnorm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rmsnorm_reference(x, weight, eps).contiguous()
+
+
+def _add_rmsnorm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    new_residual = (x + residual).contiguous()
+    return rmsnorm_reference(new_residual, weight, eps), new_residual
+
+
+def _rmsnorm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add_rmsnorm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_rmsnorm_op = register_op("rmsnorm", _rmsnorm_fake, cpu=_rmsnorm_cpu, cuda=_launch_rmsnorm)
+_add_rmsnorm_op = register_op("add_rmsnorm", _add_rmsnorm_fake, cpu=_add_rmsnorm_cpu, cuda=_launch_add_rmsnorm)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_floating("x", x)
+    if x.dim() < 1 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"weight must be [{x.shape[-1] if x.dim() else '?'}] (x's last dimension), got {tuple(weight.shape)}"
+        )
+    check_same("weight", weight, "x", x)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: [..., hidden]; a strided view such as the q heads of a fused qkv row is read in place.
+        weight: [hidden], dtype of x.
+        eps: Added to the mean square.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype.
+    """
+    _check(x, weight)
+    out: Tensor = _rmsnorm_op(x, weight, eps)
+    return out
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Add the residual and normalise the sum. Nothing is changed in place.
+
+    Args:
+        x: [..., hidden].
+        residual: Shape, dtype and device of x.
+        weight: [hidden], dtype of x.
+        eps: Added to the mean square.
+
+    Returns:
+        (normed, new_residual), both contiguous and of x's shape and dtype; new_residual = x + residual.
+    """
+    _check(x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_same("residual", residual, "x", x)
+    normed, new_residual = _add_rmsnorm_op(x, residual, weight, eps)
+    return normed, new_residual

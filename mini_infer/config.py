@@ -1,0 +1,146 @@
+"""The engine's options. Frozen: nobody writes them after construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mini_infer.exceptions import ConfigError
+
+DTYPES = ("float16", "bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
+PREEMPTION_MODES = ("auto", "swap", "recompute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of an `LLMEngine`. An unknown keyword is a TypeError, a value out of bounds a ConfigError.
+
+    Attributes:
+        model: Hugging Face model name, or a local folder with ``config.json`` and ``*.safetensors``.
+        tokenizer: Name or folder of the tokenizer. Default: the model's.
+        max_num_seqs: Most sequences that decode at once; also the largest decode bucket.
+        max_model_len: Most tokens of one sequence, prompt and output together. Default: what the model was made for.
+        block_size: Tokens of one KV cache block.
+        gpu_memory_utilization: Share of the GPU's memory that the engine may use, everything counted: weights,
+            graphs, workspace and KV cache. On a CPU: the share of the *free* memory that the KV cache may grow to.
+        dtype: Type of weights, activations and KV cache. A CPU always computes in float32, and says so.
+        trust_remote_code: Let the tokenizer run code from the model's repository. The model itself never does.
+        device: "auto" takes the GPU if there is one.
+        seed: Seed of every request that brings none of its own, and of dummy weights.
+        load_format: "auto" reads safetensors; "dummy" makes random weights of the model's shape.
+        num_gpu_blocks: KV cache blocks on the device. Default: what the memory leaves.
+        swap_space_gib: CPU memory for preempted sequences, in GiB. 0 turns swapping off.
+        num_cpu_blocks: The same in blocks; wins over ``swap_space_gib``.
+        preemption: What happens to a sequence that loses its blocks: "swap" (falls back to recompute when the CPU
+            blocks are used up), "recompute", or "auto": whichever was measured to cost less.
+        enable_prefix_caching: Keep full blocks of finished prompts for later prompts that begin alike.
+        max_prefill_tokens: Most prompt tokens of one step; the largest prefill bucket. Default: 8192 on a GPU, 512 on
+            a CPU.
+        max_prefill_seqs: Most prompts packed into one prefill step.
+        prefill_share: While sequences decode, prefill may take at most this share of the time, by measured cost.
+            1 lets waiting prompts go first.
+        decode_buckets: Batch sizes to build steps for. ``max_num_seqs`` is always added. Default: a dense table.
+        prefill_buckets: Token counts to build steps for. ``max_prefill_tokens`` is always added. Default: a dense
+            table.
+        capture_graphs: Capture the steps as CUDA graphs. Off: every step runs eagerly.
+        steps_in_flight: Steps launched before the first one's tokens are read. 1 waits for every step.
+        measure_costs: Time the buckets at start. Off: costs are taken as proportional to size.
+        progress: Show progress bars for long work when the output is a terminal.
+
+    Raises:
+        ConfigError: a value cannot work; the message names the option, the value and the bound.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    dtype: str = "float16"
+    trust_remote_code: bool = False
+    device: str = "auto"
+    seed: int = 0
+    load_format: str = "auto"
+    num_gpu_blocks: int | None = None
+    swap_space_gib: float = 1.0
+    num_cpu_blocks: int | None = None
+    preemption: str = "auto"
+    enable_prefix_caching: bool = True
+    max_prefill_tokens: int | None = None
+    max_prefill_seqs: int = 64
+    prefill_share: float = 0.5
+    decode_buckets: Sequence[int] | None = None
+    prefill_buckets: Sequence[int] | None = None
+    capture_graphs: bool = True
+    steps_in_flight: int = 1
+    measure_costs: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check_text("model", self.model)
+        if self.tokenizer is not None:
+            _check_text("tokenizer", self.tokenizer)
+        for name in ("max_num_seqs", "max_prefill_seqs", "steps_in_flight"):
+            _check_int(name, getattr(self, name), low=1)
+        _check_int("seed", self.seed, low=0)
+        for name in ("max_model_len", "num_gpu_blocks", "max_prefill_tokens"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), low=1)
+        if self.num_cpu_blocks is not None:
+            _check_int("num_cpu_blocks", self.num_cpu_blocks, low=0)
+        _check_int("block_size", self.block_size, low=1)
+        if self.block_size & (self.block_size - 1) or self.block_size > 256:
+            raise ConfigError(f"block_size must be a power of two of at most 256, got {self.block_size}")
+        _check_fraction("gpu_memory_utilization", self.gpu_memory_utilization)
+        _check_fraction("prefill_share", self.prefill_share)
+        if not _is_number(self.swap_space_gib) or not 0 <= self.swap_space_gib < math.inf:
+            raise ConfigError(f"swap_space_gib must be a finite number of at least 0, got {self.swap_space_gib!r}")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("preemption", self.preemption, PREEMPTION_MODES)
+        for name in ("trust_remote_code", "enable_prefix_caching", "capture_graphs", "measure_costs", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("decode_buckets", "prefill_buckets"):
+            sizes = getattr(self, name)
+            if sizes is not None:
+                object.__setattr__(self, name, _bucket_sizes(name, sizes))
+
+
+def _bucket_sizes(name: str, sizes: object) -> tuple[int, ...]:
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ConfigError(f"{name} must be a non-empty list of sizes, got {sizes!r}")
+    for size in sizes:
+        _check_int(name, size, low=1)
+    return tuple(sorted(set(sizes)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a non-empty string, got {value!r}")
+
+
+def _check_int(name: str, value: object, *, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,272 @@
+"""From a model's name or folder to its spec and its weights on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from mini_infer.exceptions import ModelNotFoundError, UnsupportedModelError
+from mini_infer.graphs.params import LayerParams, Params, rope_tables
+from mini_infer.graphs.spec import ModelSpec, check_architecture
+from mini_infer.kernels.linear import LinearWeight, pack_linear
+
+INDEX_NAME = "model.safetensors.index.json"
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+DUMMY_STD = 0.02
+
+GetTensor = Callable[[str, tuple[int, ...]], Tensor]
+"""(name in the checkpoint, expected shape) -> the tensor, in the engine's dtype on its device."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model's folder and what its JSON files say.
+
+    Attributes:
+        folder: Where config, weights and tokenizer are.
+        spec: The model's static facts.
+        eos_token_ids: Tokens that end a text, of the config and the generation config.
+    """
+
+    folder: Path
+    spec: ModelSpec
+    eos_token_ids: frozenset[int]
+
+
+def find_model(name_or_path: str, *, weights: bool = True) -> Path:
+    """Folder of a model: a local one as it is, a Hugging Face name from the hub or its cache.
+
+    Args:
+        name_or_path: Local folder, or ``owner/name`` on the Hugging Face hub.
+        weights: False leaves the weights where they are and fetches only the small files.
+
+    Raises:
+        ModelNotFoundError: there is no such folder, and the hub does not have it or cannot be reached.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"{folder} has no config.json; give a folder in the Hugging Face format")
+        return folder
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise ModelNotFoundError(f"no model folder at {folder}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = DOWNLOAD_PATTERNS if weights else [p for p in DOWNLOAD_PATTERNS if p != "*.safetensors"]
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"no model {name_or_path!r}: there is no local folder of that name, and the Hugging Face hub did not "
+            f"give it ({type(error).__name__}: {_first_line(error)}). Check the name, the network and, for gated "
+            "models, the access token (HF_TOKEN); or give a local folder"
+        ) from error
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Read the JSON files of a model's folder.
+
+    Raises:
+        ModelNotFoundError: config.json is missing or is no JSON.
+        UnsupportedModelError: an architecture or option that the engine does not run.
+    """
+    raw = _read_json(folder / "config.json")
+    check_architecture(raw.get("architectures"))  # before the library, whose complaint would be about its own names
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    generation = folder / "generation_config.json"
+    eos = _as_ids(raw.get("eos_token_id"))
+    if generation.is_file():
+        eos |= _as_ids(_read_json(generation).get("eos_token_id"))
+    return ModelFiles(folder, ModelSpec.from_hf_config(config), eos)
+
+
+def load_params(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int,
+    dummy_seed: int | None = None,
+    progress: bool = False,
+) -> Params:
+    """Load the weights, fused and packed for the device.
+
+    Args:
+        files: The model.
+        dtype: Type of the weights.
+        device: Where they go.
+        max_positions: Rows of the RoPE tables.
+        dummy_seed: Make random weights of this seed, and read no file; None reads the safetensors.
+        progress: Show a progress bar when the output is a terminal.
+
+    Raises:
+        ModelNotFoundError: no safetensors, or a tensor is missing from them.
+        UnsupportedModelError: a tensor has another shape than the config says.
+    """
+    spec = files.spec
+    bar = tqdm(total=spec.num_layers + 2, desc="weights", unit="layer", disable=None if progress else True)
+    with bar:
+        if dummy_seed is not None:
+            return _assemble(spec, _dummy_tensors(dummy_seed, dtype, device), device, max_positions, bar)
+        with _Checkpoint(files.folder) as checkpoint:
+
+            def get(name: str, shape: tuple[int, ...]) -> Tensor:
+                return checkpoint.get(name, shape).to(device=device, dtype=dtype)
+
+            return _assemble(spec, get, device, max_positions, bar)
+
+
+def _assemble(spec: ModelSpec, get: GetTensor, device: torch.device, max_positions: int, bar: tqdm[Any]) -> Params:
+    """Ask for every tensor by its Hugging Face name and fuse what is used together."""
+    embedding = get("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    bar.update()
+    layers = []
+    for index in range(spec.num_layers):
+        layers.append(_layer(spec, get, f"model.layers.{index}"))
+        bar.update()
+    head = embedding
+    if not spec.tie_word_embeddings:
+        head = get("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+    cos, sin = rope_tables(spec, max_positions, device)
+    params = Params(
+        embedding=embedding,
+        layers=tuple(layers),
+        norm=get("model.norm.weight", (spec.hidden_size,)),
+        head=_linear_weight(head, None),
+        cos=cos,
+        sin=sin,
+    )
+    bar.update()
+    return params
+
+
+def _layer(spec: ModelSpec, get: GetTensor, prefix: str) -> LayerParams:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+
+    def stacked(parts: list[tuple[str, int]], width: int, bias: bool) -> LinearWeight:
+        weights = [get(f"{name}.weight", (rows, width)) for name, rows in parts]
+        biases = [get(f"{name}.bias", (rows,)) for name, rows in parts] if bias else None
+        if len(parts) == 1:
+            return _linear_weight(weights[0], biases[0] if biases else None)
+        return _linear_weight(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    qkv = [
+        (f"{attention}.q_proj", spec.q_size),
+        (f"{attention}.k_proj", spec.kv_size),
+        (f"{attention}.v_proj", spec.kv_size),
+    ]
+    return LayerParams(
+        input_norm=get(f"{prefix}.input_layernorm.weight", (hidden,)),
+        qkv=stacked(qkv, hidden, spec.qkv_bias),
+        q_norm=get(f"{attention}.q_norm.weight", (spec.head_dim,)) if spec.qk_norm else None,
+        k_norm=get(f"{attention}.k_norm.weight", (spec.head_dim,)) if spec.qk_norm else None,
+        o=stacked([(f"{attention}.o_proj", hidden)], spec.q_size, spec.o_bias),
+        post_norm=get(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+        gate_up=stacked([(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)], hidden, spec.mlp_bias),
+        down=stacked([(f"{mlp}.down_proj", hidden)], inner, spec.mlp_bias),
+    )
+
+
+def _linear_weight(weight: Tensor, bias: Tensor | None) -> LinearWeight:
+    plain = LinearWeight(
+        weight=weight, bias=bias, packed=None, out_features=weight.shape[0], in_features=weight.shape[1]
+    )
+    return pack_linear(plain) if weight.device.type == "cpu" else plain
+
+
+def _dummy_tensors(seed: int, dtype: torch.dtype, device: torch.device) -> GetTensor:
+    """Random weights: norms near 1, the rest normal with a standard deviation of 0.02."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def get(name: str, shape: tuple[int, ...]) -> Tensor:
+        values = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, DUMMY_STD, generator=generator)
+        return values.add_(1.0) if name.endswith("norm.weight") else values
+
+    return get
+
+
+class _Checkpoint:
+    """Tensors of one or many safetensors files by name. A context manager: the files stay mapped inside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[Any] = []
+        self._file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> _Checkpoint:
+        for path in self._paths():
+            try:
+                file = safe_open(path, framework="pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                self.__exit__()
+                raise ModelNotFoundError(f"{path} cannot be read as safetensors: {error}") from error
+            self._files.append(file)
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self._files:
+            file.__exit__(None, None, None)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        file = self._file_of.get(name)
+        if file is None:
+            raise ModelNotFoundError(
+                f"{self._folder} has no tensor {name!r} in its {len(self._files)} safetensors files; the checkpoint "
+                "is incomplete, or of another model than its config.json says"
+            )
+        tensor: Tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UnsupportedModelError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, but the config asks for {shape}"
+            )
+        return tensor
+
+    def _paths(self) -> Iterator[Path]:
+        index = self._folder / INDEX_NAME
+        if index.is_file():
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+            missing = [name for name in names if not (self._folder / name).is_file()]
+            if missing:
+                raise ModelNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
+            yield from (self._folder / name for name in names)
+            return
+        paths = sorted(self._folder.glob("*.safetensors"))
+        if not paths:
+            raise ModelNotFoundError(
+                f"{self._folder} has no *.safetensors; only the safetensors format is read (load_format='dummy' runs "
+                "random weights of the model's shape)"
+            )
+        yield from paths
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelNotFoundError(f"{path} holds no JSON object")
+    return value
+
+
+def _as_ids(value: object) -> frozenset[int]:
+    if isinstance(value, int):
+        return frozenset((value,))
+    return frozenset(value) if isinstance(value, list) else frozenset()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no details")

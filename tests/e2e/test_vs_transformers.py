@@ -1,0 +1,176 @@
+"""The whole engine against the Transformers library: logits and greedy tokens, in float32, on tiny random models."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer.graphs.decoder import prefill_logits
+from mini_infer.graphs.kv_cache import KVCache
+from mini_infer.graphs.state import PrefillInputs
+from mini_infer.loader import load_params, read_model_files
+from mini_infer.step import PrefillChunk
+from tests.tiny_models import VARIANTS, greedy, make_tiny_model
+from tests.tiny_tokenizers import save_tiny_tokenizer
+
+GREEDY_64 = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model on disk, and in memory as the Transformers library runs it."""
+
+    folder: Path
+    model: PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_tokenizer(folder)
+    return Case(folder, make_tiny_model(request.param, folder))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_tokenizer(folder)
+    return Case(folder, make_tiny_model("llama3-gqa", folder))
+
+
+def make_engine(case: Case, **options: Any) -> LLMEngine:
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_num_seqs": 9,
+        "max_model_len": 256,
+        "num_cpu_blocks": 0,
+        "measure_costs": False,
+        "progress": False,
+    }
+    return LLMEngine(EngineConfig(model=str(case.folder), **{**defaults, **options}))
+
+
+def make_prompts(count: int, *, seed: int, longest: int = 90) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 320) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@torch.inference_mode()
+def test_logits(case: Case) -> None:
+    """Logits of two packed prompts, padded up to a bucket, to a relative error of 1e-5."""
+    files = read_model_files(case.folder)
+    device = torch.device("cpu")
+    params = load_params(files, dtype=torch.float32, device=device, max_positions=256)
+    kv = KVCache(files.spec, 40, 16, torch.float32, device)
+    prompts = make_prompts(2, seed=1)
+    chunks, start_block = [], 1
+    for index, prompt in enumerate(prompts):
+        table = tuple(range(start_block, start_block + -(-len(prompt) // 16)))
+        start_block = table[-1] + 1
+        chunks.append(PrefillChunk(str(index), 0, tuple(prompt), table, SamplingParams(), 0, is_last=True))
+    total = sum(map(len, prompts))
+    inputs = PrefillInputs.pack(chunks, total + 7, block_size=16, max_blocks=16, device=device)
+    logits = prefill_logits(files.spec, params, kv, inputs)
+    begin = 0
+    for prompt in prompts:
+        expected = case.model(torch.tensor([prompt])).logits[0]
+        assert relative_error(logits[begin : begin + len(prompt)], expected) < 1e-5
+        begin += len(prompt)
+
+
+def test_greedy_tokens(case: Case) -> None:
+    """64 greedy tokens of 5 prompts in one batch, chunked prefill, for every family and variant."""
+    prompts = make_prompts(5, seed=2)
+    with make_engine(case, max_prefill_tokens=32) as engine:
+        outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.finish_reason == "length"
+        assert output.token_ids == greedy(case.model, prompt, 64)
+
+
+@pytest.mark.parametrize("num_prompts", range(1, 10))
+def test_batch_sizes(llama: Case, num_prompts: int) -> None:
+    """Every batch size from 1 to 9, with dense buckets and with a list that pads."""
+    prompts = make_prompts(num_prompts, seed=num_prompts)
+    expected = [greedy(llama.model, prompt, 64) for prompt in prompts]
+    for buckets in (None, [4]):
+        with make_engine(llama, decode_buckets=buckets) as engine:
+            outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+        assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 3])
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("preemption", ["swap", "recompute", "auto"])
+def test_small_pool(llama: Case, preemption: str, caching: bool, steps_in_flight: int) -> None:
+    """A pool that forces preemption changes no token, whether it swaps or computes again."""
+    prompts = make_prompts(7, seed=3, longest=40)
+    expected = [greedy(llama.model, prompt, 64) for prompt in prompts]
+    with make_engine(
+        llama,
+        max_model_len=112,
+        block_size=4,
+        num_gpu_blocks=56,
+        num_cpu_blocks=0 if preemption == "recompute" else 100,
+        preemption=preemption,
+        enable_prefix_caching=caching,
+        max_prefill_tokens=24,
+        steps_in_flight=steps_in_flight,
+        measure_costs=True,
+    ) as engine:
+        outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+        stats = engine.stats()
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(stats.preemptions.values()) > 0
+    if preemption != "auto":
+        assert stats.preemptions[preemption] > 0
+    assert stats.kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_prefix_hits(llama: Case, caching: bool) -> None:
+    """Prompts that begin alike give the same tokens as without a cache, and the cache is used."""
+    shared = make_prompts(1, seed=4, longest=60)[0] * 2
+    prompts = [shared[: 20 + 5 * i] + tail for i, tail in enumerate(make_prompts(6, seed=5, longest=20))]
+    prompts.append(list(prompts[-1]))  # a prompt that is cached whole still computes its last token
+    expected = [greedy(llama.model, prompt, 64) for prompt in prompts]
+    with make_engine(llama, enable_prefix_caching=caching, block_size=8) as engine:
+        outputs = [engine.generate([prompt], sampling_params=GREEDY_64)[0] for prompt in prompts]
+    assert [output.token_ids for output in outputs] == expected
+    assert (sum(output.num_cached_tokens for output in outputs) > 0) is caching
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [1, 7, 512])
+def test_chunked_prefill(llama: Case, max_prefill_tokens: int) -> None:
+    """Prompts cut into chunks of one token, of an odd number, or not at all."""
+    prompts = make_prompts(4, seed=6)
+    expected = [greedy(llama.model, prompt, 64) for prompt in prompts]
+    with make_engine(llama, max_prefill_tokens=max_prefill_tokens, prefill_share=0.9) as engine:
+        outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+    assert [output.token_ids for output in outputs] == expected
+
+
+def test_cumulative_logprob(llama: Case) -> None:
+    """The sum of log probabilities is that of the model's own distribution."""
+    prompt = make_prompts(1, seed=7)[0]
+    with make_engine(llama) as engine:
+        output = engine.generate(prompt, max_tokens=8, temperature=0.0)[0]
+    ids = torch.tensor([prompt + output.token_ids])
+    with torch.no_grad():
+        logprobs = llama.model(ids).logits[0].log_softmax(-1)
+    expected = sum(
+        logprobs[len(prompt) - 1 + index, token_id].item() for index, token_id in enumerate(output.token_ids)
+    )
+    assert output.cumulative_logprob == pytest.approx(expected, abs=1e-3)
