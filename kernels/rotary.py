@@ -195,7 +195,8 @@ def apply_rotary_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
     if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != half:
         raise ValueError(
             f"cos and sin must both be [max_positions, {half}] (half of head_dim {q.shape[-1]}), "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}; Hugging Face tables repeat the half: pass cos[..., :{half}] and sin[..., :{half}]"
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            f"Hugging Face tables repeat the half: pass cos[..., :{half}] and sin[..., :{half}]"
         )
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.device != q.device or sin.device != q.device:
         raise ValueError(

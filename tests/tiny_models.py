@@ -37,9 +37,7 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-mqa-tied": (LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama31-rope": (
         LlamaConfig,
-        _rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        ),
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
     "llama-linear-rope": (LlamaConfig, _rope("linear", factor=4.0)),
     "llama-yarn-rope": (LlamaConfig, _rope("yarn", factor=4.0, original_max_position_embeddings=128)),
@@ -70,7 +68,7 @@ def make_tiny_model(variant: str, folder: Path, *, seed: int = 0, **changes: Any
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or name.endswith("bias"):  # made as ones and zeros, which would hide mistakes
+            if name.endswith(("norm.weight", "bias")):  # made as ones and zeros, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model = model.float().eval()
     model.generation_config.eos_token_id = config_class(**_BASE).eos_token_id

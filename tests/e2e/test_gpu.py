@@ -1,0 +1,103 @@
+"""The engine on a GPU: tokens equal to the Transformers library in float32, logits close to it in bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer.graphs.decoder import prefill_logits
+from mini_infer.graphs.kv_cache import KVCache, SwapPool
+from mini_infer.graphs.spec import ModelSpec
+from mini_infer.graphs.state import PrefillInputs
+from mini_infer.loader import load_params, read_model_files
+from mini_infer.step import PrefillChunk
+from tests.tiny_models import VARIANTS, greedy, make_tiny_model
+from tests.tiny_tokenizers import save_tiny_tokenizer
+
+pytestmark = pytest.mark.gpu
+
+GREEDY_64 = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_tokenizer(folder)
+    return folder, make_tiny_model(request.param, folder)
+
+
+def prompts_of(count: int, longest: int = 90) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(3, 320, (length,), generator=generator).tolist() for length in lengths]
+
+
+def test_greedy_tokens(case: tuple[Path, PreTrainedModel]) -> None:
+    """Float32: 64 greedy tokens of 9 prompts, with preemption and chunks, equal to the library's on the CPU."""
+    folder, model = case
+    prompts = prompts_of(9)
+    config = EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        max_num_seqs=8,
+        max_model_len=160,
+        num_gpu_blocks=40,
+        num_cpu_blocks=60,
+        max_prefill_tokens=64,
+        preemption="swap",
+        progress=False,
+    )
+    with LLMEngine(config) as engine:
+        outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+        assert engine.stats().preemptions["swap"] > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == greedy(model, prompt, 64)
+
+
+@torch.inference_mode()
+def test_bfloat16_logits(case: tuple[Path, PreTrainedModel]) -> None:
+    """Bfloat16: logits no further from the float32 ones than the library's own in bfloat16, give or take a half."""
+    folder, model = case
+    device = torch.device("cuda")
+    files = read_model_files(folder)
+    params = load_params(files, dtype=torch.bfloat16, device=device, max_positions=256)
+    kv = KVCache(files.spec, 16, 16, torch.bfloat16, device)
+    prompt = prompts_of(1, longest=200)[0] * 2
+    table = tuple(range(1, 1 + -(-len(prompt) // 16)))
+    chunk = PrefillChunk("a", 0, tuple(prompt), table, SamplingParams(), 0, is_last=True)
+    inputs = PrefillInputs.pack([chunk], len(prompt), block_size=16, max_blocks=16, device=device)
+    logits = prefill_logits(files.spec, params, kv, inputs).double().cpu()
+    expected = model(torch.tensor([prompt])).logits[0].double()
+    library = model.to(device, torch.bfloat16)(torch.tensor([prompt], device=device)).logits[0].double().cpu()
+    model.to("cpu", torch.float32)
+    error = (logits - expected).norm() / expected.norm()
+    library_error = (library - expected).norm() / expected.norm()
+    assert error < 1.5 * library_error + 1e-3, f"{error:.2e} against the library's {library_error:.2e}"
+
+
+def test_swap_moves_the_bytes() -> None:
+    """What is swapped out and in again is the same to the byte, wherever it lands."""
+    spec = make_spec()
+    device = torch.device("cuda")
+    kv = KVCache(spec, 12, 16, torch.bfloat16, device)
+    pool = SwapPool(kv, 8)
+    kv.blocks.normal_()
+    before = kv.blocks.clone()
+    pool.swap_out([(3, 0), (7, 5), (1, 2)])
+    kv.blocks[:, :, [3, 7, 1]] = 0
+    pool.swap_in([(2, 0), (7, 5), (9, 2)])
+    torch.cuda.synchronize()
+    for old, new in ((3, 2), (7, 7), (1, 9)):
+        assert torch.equal(kv.blocks[:, :, new], before[:, :, old])
+    for untouched in (0, 4, 5, 6, 8, 10, 11, 12):
+        assert torch.equal(kv.blocks[:, :, untouched], before[:, :, untouched])
+
+
+def make_spec() -> ModelSpec:
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, architectures=["LlamaForCausalLM"])
+    return ModelSpec.from_hf_config(config)
