@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import LayerParams, Params
+from mini_infer.graphs.prefill_inputs import PrefillInputs
 from mini_infer.graphs.spec import ModelSpec
-from mini_infer.graphs.state import DecodeRows, PrefillInputs, SamplingRows
+from mini_infer.graphs.state import DecodeRows, SamplingRows
 from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.attention_decode import paged_attention
 from mini_infer.kernels.attention_prefill import paged_prefill_attention
@@ -50,7 +51,7 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
         return paged_attention(query, key_cache, value_cache, rows.block_tables, rows.seq_lens, sliding_window=window)
 
     hidden = _layers(spec, params, kv, rows.token_ids, positions, slots, attend)
-    return _sample(params, hidden, rows.sampling, rows.seq_lens.long())
+    return _sample(params, hidden, rows.sampling, rows.seq_lens)
 
 
 def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillIn
     """
 
     hidden = _prefill_hidden(spec, params, kv, inputs)
-    return _sample(params, hidden[inputs.last_tokens], inputs.sampling, inputs.sample_positions)
+    return _sample(params, hidden[inputs.last_tokens], inputs.sampling, inputs.context_lens)
 
 
 def prefill_logits(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
@@ -87,7 +88,7 @@ def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: Prefil
             sliding_window=window,
         )
 
-    return _layers(spec, params, kv, inputs.token_ids, inputs.positions, inputs.slot_mapping, attend)
+    return _layers(spec, params, kv, inputs.token_ids, inputs.positions, inputs.slot_mapping.long(), attend)
 
 
 def _layers(

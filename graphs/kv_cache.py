@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +32,11 @@ class KVCache:
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
-        # Zeros, not empty: a masked score times a value that was never written must not be NaN.
         self.num_blocks = num_blocks
-        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
+        # Zeros, not empty: a masked score times a value that was never written must not be NaN.
+        self.blocks = (
+            _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        )
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple((layer[0], layer[1]) for layer in self.blocks)
 
 
@@ -78,3 +82,9 @@ class SwapPool:
     def _indices(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         gpu, cpu = torch.tensor(pairs, dtype=torch.int64).unbind(1)
         return gpu, cpu
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are written: NumPy leaves fresh pages to the operating system."""
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)

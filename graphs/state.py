@@ -1,7 +1,5 @@
-"""What the device knows of the sequences: the rows that decode, and the inputs of a prefill step.
-
-The tensors are made once and keep their addresses. A decode step reads rows 0 to bucket - 1 and advances them; the
-host edits rows only when the membership of the batch changes.
+"""The rows that decode, on the device. A decode step reads rows 0 to bucket - 1 and advances them by itself; the host
+edits rows only when the membership of the batch or a block table changes.
 """
 
 from __future__ import annotations
@@ -9,12 +7,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SEED, edit_rows
 from mini_infer.sampling import SamplingParams
-from mini_infer.step import ClearRow, ExtendRow, MoveRow, PlaceRow, PrefillChunk, RowEdit
-from mini_infer.typing import NO_ROW, NULL_BLOCK
+from mini_infer.step import ExtendRow, MoveRow, PlaceRow, RowEdit
+from mini_infer.typing import NULL_BLOCK
+
+_SEQ_LEN = FIRST_FIELD + FIELDS.index("seq_len")
+_ACTIVE = FIRST_FIELD + FIELDS.index("active")
+_TOP_K = FIRST_FIELD + FIELDS.index("top_k")
+_FLOATS = slice(FIRST_FIELD + FIELDS.index("temperature"), FIRST_FIELD + FIELDS.index("min_p") + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +37,6 @@ class SamplingRows:
     top_p: Tensor
     min_p: Tensor
     seeds: Tensor
-
-    @classmethod
-    def make(cls, num_rows: int, device: torch.device) -> SamplingRows:
-        """Greedy rows."""
-        return cls(
-            temperature=torch.zeros(num_rows, dtype=torch.float32, device=device),
-            top_k=torch.full((num_rows,), -1, dtype=torch.int32, device=device),
-            top_p=torch.ones(num_rows, dtype=torch.float32, device=device),
-            min_p=torch.zeros(num_rows, dtype=torch.float32, device=device),
-            seeds=torch.zeros(num_rows, dtype=torch.int64, device=device),
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors, all of the same length."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p, self.seeds)
-
-    def first(self, num_rows: int) -> SamplingRows:
-        """A view of the first rows."""
-        return SamplingRows(*(tensor[:num_rows] for tensor in self.tensors()))
-
-    def set(self, row: int, sampling: SamplingParams, seed: int) -> None:
-        """Write one row."""
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.seeds[row] = seed
-
-    def clear(self, row: int) -> None:
-        """Make a row greedy."""
-        self.set(row, SamplingParams(temperature=0.0), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,164 +57,113 @@ class DecodeRows:
     active: Tensor
     sampling: SamplingRows
 
-    def first(self, num_rows: int) -> DecodeRows:
-        """A view of the first rows."""
-        return DecodeRows(
-            self.token_ids[:num_rows],
-            self.seq_lens[:num_rows],
-            self.block_tables[:num_rows],
-            self.active[:num_rows],
-            self.sampling.first(num_rows),
-        )
+    def advance(self, token_ids: Tensor) -> None:
+        """After a step: the new tokens are at hand, one token longer. Padded rows stay as they are."""
+        self.token_ids.copy_(token_ids * self.active)
+        self.seq_lens.add_(self.active)
 
 
 class DecodeState:
-    """All rows of the decode batch, on the device. The only writer of `DecodeRows`.
+    """All rows of the decode batch, and the only writer of them beside the decode step itself.
+
+    The host keeps a mirror of everything but the tokens: it knows how the steps advance the rows. Edits are made in
+    the mirror, and the rows they touched are sent whole, in one copy.
 
     Args:
         max_num_seqs: Rows.
         max_blocks: Blocks of the longest sequence.
         device: Where it lives.
+
+    Attributes:
+        token_ids: [max_num_seqs + 1] int64, the token at hand of each row; the last entry takes what no row wants.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._all = DecodeRows(
-            token_ids=torch.zeros(max_num_seqs, dtype=torch.int64, device=device),
-            seq_lens=torch.ones(max_num_seqs, dtype=torch.int32, device=device),
-            block_tables=torch.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device),
-            active=torch.zeros(max_num_seqs, dtype=torch.int32, device=device),
-            sampling=SamplingRows.make(max_num_seqs, device),
-        )
+        self._device = device
+        self._mirror = np.zeros((max_num_seqs, HEADER + max_blocks), dtype=np.int32)
+        self._mirror[:, 0] = np.arange(max_num_seqs)
+        for row in range(max_num_seqs):
+            self._clear(row)
+        self.token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self._fields = torch.zeros((len(FIELDS), max_num_seqs), dtype=torch.int32, device=device)
+        self._seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._block_tables = torch.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
+        self._send(list(range(max_num_seqs)))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows there are."""
+        return len(self._mirror)
 
     def rows(self, bucket: int) -> DecodeRows:
-        """Rows 0 to ``bucket - 1``, as views."""
-        return self._all.first(bucket)
+        """Rows 0 to ``bucket - 1``, as views that keep their addresses."""
+        seq_lens, active, top_k, *floats = (field[:bucket] for field in self._fields)
+        temperature, top_p, min_p = (bits.view(torch.float32) for bits in floats)
+        sampling = SamplingRows(temperature, top_k, top_p, min_p, self._seeds[:bucket])
+        return DecodeRows(self.token_ids[:bucket], seq_lens, self._block_tables[:bucket], active, sampling)
+
+    def advanced(self, bucket: int) -> None:
+        """A decode step over the first ``bucket`` rows was launched: follow it in the mirror."""
+        self._mirror[:bucket, _SEQ_LEN] += self._mirror[:bucket, _ACTIVE]
 
     def apply(self, edits: Sequence[RowEdit]) -> None:
         """Make the scheduler's edits, in order."""
+        if not edits:
+            return
+        touched: dict[int, None] = {}
+        self._mirror[:, 1] = self._mirror[:, 0]  # every row keeps its own token, unless an edit says otherwise
         for edit in edits:
             if isinstance(edit, PlaceRow):
                 self._place(edit)
+                touched[edit.row] = None
             elif isinstance(edit, MoveRow):
-                self._move(edit.source, edit.target)
+                self._mirror[edit.target, 1:] = self._mirror[edit.source, 1:]
+                touched[edit.target] = None
             elif isinstance(edit, ExtendRow):
-                stop = edit.start + len(edit.block_ids)
-                self._all.block_tables[edit.row, edit.start : stop] = self._int32(edit.block_ids)
+                start = HEADER + edit.start
+                self._mirror[edit.row, start : start + len(edit.block_ids)] = edit.block_ids
+                touched[edit.row] = None
             else:
-                self._clear(edit)
-
-    def advance(self, rows: DecodeRows, token_ids: Tensor) -> None:
-        """After a decode step: the new token is at hand, one token longer. Padded rows stay as they are."""
-        rows.token_ids.copy_(token_ids * rows.active)
-        rows.seq_lens.add_(rows.active)
-
-    def put_tokens(self, rows: Tensor, token_ids: Tensor) -> None:
-        """After a prefill step: the sampled tokens are at hand in ``rows`` ([n] int64)."""
-        self._all.token_ids.index_copy_(0, rows, token_ids)
+                self._clear(edit.row)
+                touched[edit.row] = None
+        self._send(list(touched))
 
     def _place(self, edit: PlaceRow) -> None:
-        state, row = self._all, edit.row
-        state.token_ids[row] = 0 if edit.token_id is None else edit.token_id
-        state.seq_lens[row] = edit.seq_len
-        state.block_tables[row] = NULL_BLOCK
-        state.block_tables[row, : len(edit.block_table)] = self._int32(edit.block_table)
-        state.active[row] = 1
-        state.sampling.set(row, edit.sampling, edit.seed)
+        line = self._mirror[edit.row]
+        line[1:3] = -1, edit.token_id or 0
+        line[_SEQ_LEN] = edit.seq_len
+        line[_ACTIVE] = 1
+        write_sampling(line, edit.sampling, edit.seed)
+        line[HEADER:] = NULL_BLOCK
+        line[HEADER : HEADER + len(edit.block_table)] = edit.block_table
 
-    def _move(self, source: int, target: int) -> None:
-        state = self._all
-        columns = (state.token_ids, state.seq_lens, state.block_tables, state.active, *state.sampling.tensors())
-        for tensor in columns:
-            tensor[target] = tensor[source]
+    def _clear(self, row: int) -> None:
+        line = self._mirror[row]
+        line[1:] = 0
+        line[1] = -1
+        line[_SEQ_LEN] = 1
+        line[_TOP_K] = -1
+        line[_FLOATS] = np.array((0.0, 1.0, 0.0), dtype=np.float32).view(np.int32)
+        line[HEADER:] = NULL_BLOCK
 
-    def _clear(self, edit: ClearRow) -> None:
-        state, row = self._all, edit.row
-        state.token_ids[row] = 0
-        state.seq_lens[row] = 1
-        state.block_tables[row] = NULL_BLOCK
-        state.active[row] = 0
-        state.sampling.clear(row)
-
-    def _int32(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self._all.block_tables.device)
+    def _send(self, rows: list[int]) -> None:
+        stage = to_device(self._mirror[rows], self._device)
+        edit_rows(stage, self.token_ids, self._fields, self._seeds, self._block_tables)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillInputs:
-    """Packed chunks of prompts, padded to a token bucket.
+def write_sampling(line: np.ndarray, sampling: SamplingParams, seed: int) -> None:
+    """Write one row's sampling parameters into its line of `mini_infer.kernels.row_edit`'s format."""
+    line[_TOP_K] = sampling.top_k
+    floats = (sampling.temperature, sampling.top_p, sampling.min_p)
+    line[_FLOATS] = np.array(floats, dtype=np.float32).view(np.int32)
+    line[SEED : SEED + 2] = np.array((seed,), dtype=np.int64).view(np.int32)
 
-    The padding tokens are sequences too, token 0 at positions 0, 1, ..., whose tables are all null block: ordinary
-    tokens to every kernel.
 
-    Attributes:
-        token_ids: [num_tokens] int64.
-        positions: [num_tokens] int64.
-        slot_mapping: [num_tokens] int64, where each token's K/V goes.
-        block_tables: [num_seqs, max_blocks] int32.
-        context_lens: [num_seqs] int32, tokens including this chunk's.
-        query_start_loc: [num_seqs + 1] int32, where each chunk begins; the last entry is num_tokens.
-        last_tokens: [num_seqs] int64, index of each chunk's last token.
-        sample_positions: [num_seqs] int64, position of the token to sample.
-        sampling: How each sequence draws.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
-    query_start_loc: Tensor
-    last_tokens: Tensor
-    sample_positions: Tensor
-    sampling: SamplingRows
-
-    @classmethod
-    def pack(
-        cls, chunks: Sequence[PrefillChunk], bucket: int, *, block_size: int, max_blocks: int, device: torch.device
-    ) -> PrefillInputs:
-        """Lay the chunks end to end, and padding after them up to ``bucket`` tokens."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        starts = [0]
-        for chunk in chunks:
-            token_ids.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, chunk.stop))
-            starts.append(len(token_ids))
-        tables = [chunk.block_table for chunk in chunks]
-        contexts = [chunk.stop for chunk in chunks]
-        longest = max_blocks * block_size  # a padding sequence obeys the same limit as any other
-        while len(token_ids) < bucket:
-            length = min(bucket - len(token_ids), longest)
-            token_ids.extend([0] * length)
-            positions.extend(range(length))
-            starts.append(len(token_ids))
-            tables.append(())
-            contexts.append(length)
-        num_seqs = len(tables)
-        block_tables = torch.full((num_seqs, max_blocks), NULL_BLOCK, dtype=torch.int32)
-        for index, table in enumerate(tables):
-            block_tables[index, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        position_ids = torch.tensor(positions)
-        query_start_loc = torch.tensor(starts, dtype=torch.int32)
-        sequence = torch.repeat_interleave(torch.arange(num_seqs), query_start_loc.diff().long())
-        blocks = block_tables[sequence, position_ids // block_size].long()
-        sampling = SamplingRows.make(num_seqs, torch.device("cpu"))
-        for index, chunk in enumerate(chunks):
-            sampling.set(index, chunk.sampling, chunk.seed)
-        return cls(
-            token_ids=torch.tensor(token_ids).to(device),
-            positions=position_ids.to(device),
-            slot_mapping=(blocks * block_size + position_ids % block_size).to(device),
-            block_tables=block_tables.to(device),
-            context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
-            query_start_loc=query_start_loc.to(device),
-            last_tokens=(query_start_loc[1:].long() - 1).to(device),
-            sample_positions=torch.tensor(contexts).to(device),
-            sampling=SamplingRows(*(tensor.to(device) for tensor in sampling.tensors())),
-        )
-
-    @staticmethod
-    def rows_of(chunks: Sequence[PrefillChunk]) -> tuple[list[int], list[int]]:
-        """(index of the chunk, row it takes up) of every chunk that begins to decode."""
-        placed = [(index, chunk.row) for index, chunk in enumerate(chunks) if chunk.row != NO_ROW]
-        return [index for index, _ in placed], [row for _, row in placed]
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to the device without waiting for it."""
+    if device.type == "cpu":
+        return torch.from_numpy(values)
+    # The allocator of page-locked memory takes a buffer back only when the copy from it is done.
+    pinned = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, pin_memory=True)
+    pinned.numpy()[...] = values
+    return pinned.to(device, non_blocking=True)

@@ -106,7 +106,7 @@ def _split_kernel(
     query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
     if UPCAST_DOT:
         query = query.to(tl.float32)
-    scale_log2 = scale.to(tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
+    scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
 
     key_base = key_cache_ptr + kv_head * kc_stride_head
     value_base = value_cache_ptr + kv_head * vc_stride_head
@@ -201,7 +201,8 @@ def _launch_paged_attention(
         parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
         lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
     block_dim = next_power_of_2(head_dim)
-    small_tile = query.dtype == torch.float32 or block_dim > 128
+    exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
+    small_tile = exact or block_dim > 128
     _split_kernel[(num_seqs, num_kv_heads, max_splits)](
         query,
         key_cache,
@@ -229,10 +230,10 @@ def _launch_paged_attention(
         SPLIT=SPLIT_TOKENS,
         BLOCK_GROUP=max(16, next_power_of_2(num_heads // num_kv_heads)),  # tl.dot needs 16 rows
         BLOCK_DIM=block_dim,
-        BLOCK_N=32 if small_tile else 64,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        BLOCK_N=16 if exact and block_dim > 128 else 32 if small_tile else 64,
+        PRECISION="ieee" if exact else "tf32",
         UPCAST_DOT=INTERPRET,
-        num_warps=4,
+        num_warps=8 if exact and block_dim > 64 else 4,
         num_stages=2 if small_tile else 3,
     )
     if max_splits > 1:

@@ -138,7 +138,7 @@ def _prefill_kernel(
     query = tl.load(query_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_DIM]
     if UPCAST_DOT:
         query = query.to(tl.float32)
-    scale_log2 = scale.to(tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
+    scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
 
     end = length - q_len + tl.minimum(first + BLOCK_Q, q_len)  # one past the last position any row sees
     start = 0
@@ -201,8 +201,9 @@ def _launch_paged_prefill_attention(
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     group = num_heads // num_kv_heads
     block_dim = next_power_of_2(head_dim)
-    small_tile = query.dtype == torch.float32 or block_dim > 128
-    block_m = max(32 if small_tile else 128, next_power_of_2(group))
+    exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
+    small_tile = exact or block_dim > 128
+    block_m = max(16 if exact and block_dim > 128 else 32 if small_tile else 128, next_power_of_2(group))
     block_q = block_m // group
     _prefill_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](
         query,
@@ -231,10 +232,10 @@ def _launch_paged_prefill_attention(
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_DIM=block_dim,
-        BLOCK_N=32 if small_tile else 64,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        BLOCK_N=16 if exact and block_dim > 128 else 32 if small_tile else 64,
+        PRECISION="ieee" if exact else "tf32",
         UPCAST_DOT=INTERPRET,
-        num_warps=4 if small_tile else 8,
+        num_warps=4 if small_tile and not (exact and block_dim > 64) else 8,
         num_stages=2,
     )
     return out

@@ -65,7 +65,7 @@ def _rmsnorm_kernel(
         tl.store(new_residual_ptr + out_offsets, rounded, mask=mask)
         x = rounded.to(tl.float32)
     mean_square = tl.sum(x * x, axis=1) / HIDDEN  # [BLOCK_ROWS]
-    inv_rms = 1.0 / tl.sqrt_rn(mean_square + eps.to(tl.float32))
+    inv_rms = 1.0 / tl.sqrt_rn(mean_square + tl.cast(eps, tl.float32))
     normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
     tl.store(out_ptr + out_offsets, (normed * weight[None, :]).to(out_ptr.dtype.element_ty), mask=mask)

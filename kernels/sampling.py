@@ -3,7 +3,7 @@
 Per row, from its logits x [vocab]:
     temperature == 0   the lowest index of the largest logit; otherwise with w_i = exp((x_i - max x) / temperature)
     top-k              keep x_i >= the k-th largest x (ties kept; k = -1 or k >= vocab keeps all)
-    top-p              of those, keep the fewest largest whose weight reaches top_p of the total (ties with the last kept)
+    top-p              of those, keep the fewest largest whose weight reaches top_p of the total (ties with the last)
     min-p              of those, keep w_i >= min_p (w is 1 at the most likely token)
     draw               the first kept index whose cumulative kept weight exceeds u * total
     logprob            log_softmax(x) of the token: of the raw logits, before temperature and cuts
@@ -100,7 +100,7 @@ def _top_p_threshold(logits: Tensor, weights: Tensor, kept: Tensor, top_p: float
         mass = weights[index].cumsum(0, dtype=torch.float64)
         if mass[-1] >= target or top == logits.shape[0]:
             break
-        top = logits.shape[0]
+        top = min(8 * top, logits.shape[0])
     first = int((mass < target).sum())  # tokens before the one that reaches the target
     return largest[min(first, top - 1)]
 

@@ -90,9 +90,9 @@ def _info(arguments: argparse.Namespace) -> None:
     spec, plan = estimate_plan(_config(arguments))
     print(f"\nmodel         {arguments.model or demo_model_path()}")
     print(
-        f"              {spec.architecture}, {spec.num_parameters() / 1e6:,.0f} M parameters, {spec.num_layers} layers, "
-        f"{spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}, vocabulary {spec.vocab_size:,}, "
-        f"at most {spec.max_position_embeddings:,} tokens"
+        f"              {spec.architecture}, {spec.num_parameters() / 1e6:,.0f} M parameters, "
+        f"{spec.num_layers} layers, {spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}, "
+        f"vocabulary {spec.vocab_size:,}, at most {spec.max_position_embeddings:,} tokens"
     )
     print(f"\nmemory plan (estimated, nothing is loaded)\n{plan.describe()}")
 

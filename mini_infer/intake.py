@@ -78,14 +78,15 @@ class RequestIntake:
             return tuple(require_tokenizer(self._tokenizer).encode(prompt))
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-        for token_id in prompt:
+        token_ids: Sequence[int] = prompt
+        for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token ids must be between 0 and {self._vocab_size - 1} (the vocabulary), got {token_id}"
                 )
-        return tuple(prompt)
+        return tuple(token_ids)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

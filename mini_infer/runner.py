@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from mini_infer.graphs.decoder import decode_step, prefill_step
+from mini_infer.graphs.capture import CaptureRecord, GraphSet
 from mini_infer.graphs.kv_cache import KVCache, SwapPool
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
-from mini_infer.graphs.state import DecodeState, PrefillInputs
+from mini_infer.graphs.state import DecodeState
+from mini_infer.graphs.steps import EagerSteps, Model, Steps
 from mini_infer.step import SampledTokens, SchedulerOutputs, StepKind
 
 
 class StepHandle:
     """A launched step. `result` waits for its tokens."""
 
-    def __init__(self, token_ids: Tensor, logprobs: Tensor, num_seqs: int) -> None:
+    def __init__(self, sampled: Tensor, num_seqs: int) -> None:
+        self._sampled = sampled[:num_seqs]  # [num_seqs, 2] int32
         self._done: torch.cuda.Event | None = None
-        self._token_ids, self._logprobs = token_ids[:num_seqs], logprobs[:num_seqs]
-        if token_ids.is_cuda:
-            self._token_ids = _to_pinned(self._token_ids)
-            self._logprobs = _to_pinned(self._logprobs)
+        if sampled.is_cuda:
+            pinned = torch.empty(self._sampled.shape, dtype=torch.int32, pin_memory=True)
+            self._sampled = pinned.copy_(self._sampled, non_blocking=True)
             self._done = torch.cuda.Event()
             self._done.record()
 
@@ -33,7 +35,8 @@ class StepHandle:
         """The sampled tokens of the step's real rows (decode) or chunks (prefill)."""
         if self._done is not None:
             self._done.synchronize()
-        return SampledTokens(self._token_ids.tolist(), self._logprobs.tolist())
+        token_ids, logprob_bits = self._sampled.t().contiguous()
+        return SampledTokens(token_ids.tolist(), logprob_bits.view(torch.float32).tolist())
 
 
 class ModelRunner:
@@ -64,15 +67,50 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
-        self._spec = spec
-        self._params = params
         self._device = device
-        self._block_size = block_size
-        self._max_blocks = -(-max_model_len // block_size)
+        max_blocks = -(-max_model_len // block_size)
         self._kv = KVCache(spec, num_gpu_blocks, block_size, dtype, device)
         self._swap_pool = SwapPool(self._kv, num_cpu_blocks)
-        self._state = DecodeState(max_num_seqs, self._max_blocks, device)
+        self._state = DecodeState(max_num_seqs, max_blocks, device)
+        self._block_size, self._max_blocks = block_size, max_blocks
+        self._model = Model(spec, params, self._kv, self._state)
+        self._steps: Steps = EagerSteps(self._model, block_size=block_size, max_blocks=max_blocks, device=device)
+        self._captured = False
         self.off_graph_steps = 0
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        decode_sizes: Sequence[int],
+        prefill_sizes: Sequence[int],
+        *,
+        max_chunks: int,
+        progress: Callable[[], object] = lambda: None,
+    ) -> list[CaptureRecord]:
+        """From now on every step is a replay of a captured graph. To be called once, before the first step.
+
+        Args:
+            decode_sizes: Every decode bucket that will be asked for.
+            prefill_sizes: Every prefill bucket that will be asked for.
+            max_chunks: Most chunks of one prefill step.
+            progress: Called once for each graph that is made.
+
+        Returns:
+            What each graph cost to make.
+        """
+        graphs = GraphSet(
+            self._model,
+            decode_sizes=decode_sizes,
+            prefill_sizes=prefill_sizes,
+            max_chunks=max_chunks,
+            block_size=self._block_size,
+            max_blocks=self._max_blocks,
+            device=self._device,
+            progress=progress,
+        )
+        self._steps = graphs
+        self._captured = True
+        return graphs.ledger
 
     @torch.inference_mode()
     def execute(self, outputs: SchedulerOutputs) -> StepHandle:
@@ -80,45 +118,21 @@ class ModelRunner:
         self._swap_pool.swap_out(outputs.swap_out)
         self._swap_pool.swap_in(outputs.swap_in)
         self._state.apply(outputs.edits)
-        self.off_graph_steps += self._device.type == "cuda"
-        if outputs.kind is StepKind.DECODE:
-            return StepHandle(*self._decode(outputs.bucket), outputs.num_seqs)
-        return StepHandle(*self._prefill(outputs), outputs.num_seqs)
-
-    def _decode(self, bucket: int) -> tuple[Tensor, Tensor]:
-        rows = self._state.rows(bucket)
-        token_ids, logprobs = decode_step(self._spec, self._params, self._kv, rows)
-        self._state.advance(rows, token_ids)
-        return token_ids, logprobs
-
-    def _prefill(self, outputs: SchedulerOutputs) -> tuple[Tensor, Tensor]:
-        inputs = PrefillInputs.pack(
-            outputs.chunks,
-            outputs.bucket,
-            block_size=self._block_size,
-            max_blocks=self._max_blocks,
-            device=self._device,
-        )
-        token_ids, logprobs = prefill_step(self._spec, self._params, self._kv, inputs)
-        indices, rows = PrefillInputs.rows_of(outputs.chunks)
-        if rows:
-            placed = torch.tensor([indices, rows], device=self._device)
-            self._state.put_tokens(placed[1], token_ids[placed[0]])
-        return token_ids, logprobs
+        self.off_graph_steps += self._device.type == "cuda" and not self._captured
+        if outputs.kind is StepKind.PREFILL:
+            return StepHandle(self._steps.prefill(outputs.chunks, outputs.bucket), outputs.num_seqs)
+        self._state.advanced(outputs.bucket)
+        return StepHandle(self._steps.decode(outputs.bucket), outputs.num_seqs)
 
     # Measuring, before the first request: padded rows only, which touch nothing but the null block
 
     def measure_decode(self, buckets: Iterable[int], *, limit_s: float) -> dict[int, float]:
         """Milliseconds of a decode step by bucket, smallest first, until ``limit_s`` seconds are spent."""
-        return self._measure(buckets, self._decode, limit_s)
+        return self._measure(buckets, self._steps.decode, limit_s)
 
     def measure_prefill(self, buckets: Iterable[int], *, limit_s: float) -> dict[int, float]:
         """Milliseconds of a prefill step by bucket, smallest first, until ``limit_s`` seconds are spent."""
-
-        def run(bucket: int) -> tuple[Tensor, Tensor]:
-            return self._prefill(SchedulerOutputs(0, StepKind.PREFILL, bucket))
-
-        return self._measure(buckets, run, limit_s)
+        return self._measure(buckets, lambda bucket: self._steps.prefill((), bucket), limit_s)
 
     @torch.inference_mode()
     def measure_swap(self) -> float | None:
@@ -137,7 +151,7 @@ class ModelRunner:
         for bucket in buckets:
             if costs and time.perf_counter() - begun > limit_s:
                 break
-            costs[bucket] = self._time(lambda bucket=bucket: run(bucket))  # type: ignore[misc]
+            costs[bucket] = self._time(partial(run, bucket))
         return costs
 
     def _time(self, run: Callable[[], object]) -> float:
@@ -155,9 +169,3 @@ class ModelRunner:
         """Wait until the device is idle."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    """Start a copy to page-locked CPU memory; it is there once the stream has come past it."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)

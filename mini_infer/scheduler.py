@@ -204,11 +204,12 @@ class Scheduler:
     def schedule(self) -> SchedulerOutputs:
         """Decide the next step. Falsy (idle) when nothing can run before earlier steps are read back."""
         self._resume_swapped()
-        if not self._rows or self._prefill_lead_ms <= 0:
-            chunks = self._plan_prefill()
-            if chunks:
-                return self._prefill_step(chunks)
-        if self._rows and self._grow_rows():
+        if self._prefill_lead_ms > 0 and self._grow_rows():
+            return self._decode_step()
+        chunks = self._plan_prefill()
+        if chunks:
+            return self._prefill_step(chunks)
+        if self._grow_rows():
             return self._decode_step()
         return SchedulerOutputs(self._num_steps, StepKind.IDLE, reason="nothing to run")
 
@@ -264,7 +265,11 @@ class Scheduler:
         return outputs
 
     def _grow_rows(self) -> bool:
-        """Give every row a block for its next token, preempting the latest arrivals if there are too few."""
+        """Give every row a block for its next token, preempting the latest arrivals if there are too few.
+
+        Returns:
+            True if there are rows to decode.
+        """
         manager = self.block_manager
         short = [r for r in self._rows if r.num_tokens > manager.capacity(r.request_id)]
         for request in sorted(short, key=lambda r: r.arrival):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from mini_infer.buckets import BucketTable, decode_bucket_sizes, prefill_bucket_sizes
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import ConfigError, ModelNotFoundError
+from mini_infer.graphs.capture import CaptureRecord
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
@@ -19,13 +22,14 @@ from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
 from mini_infer.metrics import PhaseClock, StartupReport
 from mini_infer.runner import ModelRunner
 from mini_infer.scheduler import Scheduler
+from mini_infer.step import StepKind
 from mini_infer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 GPU_PREFILL_TOKENS = 8192
 CPU_PREFILL_TOKENS = 512
-MEASURE_SECONDS = 1.5
+MEASURE_SECONDS = 0.5
 """Time to spend on measuring the buckets of one kind of step; sizes not reached are extrapolated."""
 CPU_KV_SHARE = 0.25
 """A CPU's memory is shared with everything else: the KV cache takes this much of what is free, at most."""
@@ -76,6 +80,10 @@ def assemble(config: EngineConfig) -> EngineParts:
     clock.mark("memory")
     runner = builder.build(plan.num_gpu_blocks, plan.num_cpu_blocks)
     clock.mark("kv cache")
+    if builder.captures:
+        ledger = builder.capture(runner, builder.decode_sizes, builder.prefill_sizes)
+        logger.info("captured %d graphs, %.3f GiB", len(ledger), sum(r.bytes for r in ledger) / GIB)
+        clock.mark("capture")
     scheduler = _make_scheduler(config, runner, builder, plan, max_model_len)
     clock.mark("costs")
     report = clock.report()
@@ -156,8 +164,13 @@ class _RunnerBuilder:
         self._device = device
         self._dtype = dtype
         self._max_model_len = max_model_len
+        self.captures = device.type == "cuda" and config.capture_graphs
         default_tokens = GPU_PREFILL_TOKENS if device.type == "cuda" else CPU_PREFILL_TOKENS
         self.max_prefill_tokens = config.max_prefill_tokens or default_tokens
+        decode_sizes = config.decode_buckets or decode_bucket_sizes(config.max_num_seqs)
+        prefill_sizes = config.prefill_buckets or prefill_bucket_sizes(self.max_prefill_tokens)
+        self.decode_sizes = BucketTable(decode_sizes, config.max_num_seqs).sizes
+        self.prefill_sizes = BucketTable(prefill_sizes, self.max_prefill_tokens).sizes
 
     def build(self, num_gpu_blocks: int, num_cpu_blocks: int) -> ModelRunner:
         """A runner with a KV cache of ``num_gpu_blocks`` blocks."""
@@ -173,15 +186,40 @@ class _RunnerBuilder:
             max_model_len=self._max_model_len,
         )
 
+    def capture(
+        self, runner: ModelRunner, decode_sizes: Sequence[int], prefill_sizes: Sequence[int]
+    ) -> list[CaptureRecord]:
+        """Capture a runner's steps, with a progress bar."""
+        total = len(decode_sizes) + len(prefill_sizes)
+        with tqdm(total=total, desc="graphs", unit="graph", disable=None if self._config.progress else True) as bar:
+            return runner.capture(
+                decode_sizes, prefill_sizes, max_chunks=self._config.max_prefill_seqs, progress=bar.update
+            )
+
     def plan(self) -> MemoryPlan:
         """Divide the device's memory, with what the weights and the largest steps were measured to take."""
-        weights = workspace = 0
+        weights = workspace = graphs = 0
         if self._device.type == "cuda":
-            workspace = self._measure_workspace()
             weights = torch.cuda.memory_allocated(self._device)
+            workspace = self._measure_workspace()
+            graphs = self._measure_graphs() if self.captures else 0
         return divide_memory(
-            self._config, self._spec, self._device, self._dtype, self._max_model_len, weights, workspace
+            self._config, self._spec, self._device, self._dtype, self._max_model_len, weights, workspace, graphs
         )
+
+    def _measure_graphs(self) -> int:
+        """Bytes that all graphs will take: the largest of each kind sets the pool, and each further one adds to it."""
+        trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
+        sizes = self.decode_sizes[-2:], self.prefill_sizes[-2:]
+        ledger = trial.capture(*sizes, max_chunks=self._config.max_prefill_seqs)
+        count = {StepKind.DECODE: len(self.decode_sizes), StepKind.PREFILL: len(self.prefill_sizes)}
+        total = sum(record.bytes for record in ledger)
+        for kind in count:
+            *_, further = (record.bytes for record in ledger if record.kind is kind)
+            total += further * (count[kind] - len([record for record in ledger if record.kind is kind]))
+        del trial
+        torch.cuda.empty_cache()
+        return total
 
     def _measure_workspace(self) -> int:
         """Bytes that the largest steps take beside weights and KV cache."""
@@ -203,8 +241,9 @@ def divide_memory(
     max_model_len: int,
     weights: int,
     workspace: int,
+    graphs: int,
 ) -> MemoryPlan:
-    """The memory plan, given what weights and workspace take, in bytes.
+    """The memory plan, given what weights, workspace and graphs take, in bytes.
 
     Raises:
         OutOfMemoryError: not even one sequence of ``max_model_len`` fits.
@@ -232,7 +271,7 @@ def divide_memory(
         budget=budget,
         weights=weights,
         workspace=workspace,
-        graphs=0,
+        graphs=graphs,
         block_bytes=block_bytes,
         block_size=config.block_size,
         num_gpu_blocks=config.num_gpu_blocks,
@@ -259,20 +298,16 @@ def estimate_plan(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
         activations = (config.max_prefill_tokens or GPU_PREFILL_TOKENS) * widest * dtype.itemsize
         logits = config.max_num_seqs * spec.vocab_size * (dtype.itemsize + 4)
         workspace = activations + logits
-    return spec, divide_memory(config, spec, device, dtype, max_model_len, weights, workspace)
+    return spec, divide_memory(config, spec, device, dtype, max_model_len, weights, workspace, graphs=0)
 
 
 def _make_scheduler(
     config: EngineConfig, runner: ModelRunner, builder: _RunnerBuilder, plan: MemoryPlan, max_model_len: int
 ) -> Scheduler:
-    decode_sizes = tuple(config.decode_buckets or decode_bucket_sizes(config.max_num_seqs))
-    prefill_sizes = tuple(config.prefill_buckets or prefill_bucket_sizes(builder.max_prefill_tokens))
     decode_costs = prefill_costs = swap_ms = None
     if config.measure_costs:
-        decode = _spread(BucketTable(decode_sizes, config.max_num_seqs).sizes)
-        prefill = _spread(BucketTable(prefill_sizes, builder.max_prefill_tokens).sizes)
-        decode_costs = runner.measure_decode(decode, limit_s=MEASURE_SECONDS)
-        prefill_costs = runner.measure_prefill(prefill, limit_s=MEASURE_SECONDS)
+        decode_costs = runner.measure_decode(_spread(builder.decode_sizes), limit_s=MEASURE_SECONDS)
+        prefill_costs = runner.measure_prefill(_spread(builder.prefill_sizes), limit_s=MEASURE_SECONDS)
         swap_ms = runner.measure_swap()
     return Scheduler(
         config.max_num_seqs,
@@ -280,8 +315,8 @@ def _make_scheduler(
         config.block_size,
         num_gpu_blocks=plan.num_gpu_blocks,
         num_cpu_blocks=plan.num_cpu_blocks,
-        decode_buckets=BucketTable(decode_sizes, config.max_num_seqs, decode_costs),
-        prefill_buckets=BucketTable(prefill_sizes, builder.max_prefill_tokens, prefill_costs),
+        decode_buckets=BucketTable(builder.decode_sizes, config.max_num_seqs, decode_costs),
+        prefill_buckets=BucketTable(builder.prefill_sizes, builder.max_prefill_tokens, prefill_costs),
         max_prefill_seqs=config.max_prefill_seqs,
         prefill_share=config.prefill_share,
         preemption=config.preemption,

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.graphs.decoder import prefill_logits
 from mini_infer.graphs.kv_cache import KVCache, SwapPool
+from mini_infer.graphs.prefill_inputs import PrefillBuffer
 from mini_infer.graphs.spec import ModelSpec
-from mini_infer.graphs.state import PrefillInputs
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.step import PrefillChunk
 from tests.tiny_models import VARIANTS, greedy, make_tiny_model
@@ -69,8 +69,9 @@ def test_bfloat16_logits(case: tuple[Path, PreTrainedModel]) -> None:
     prompt = prompts_of(1, longest=200)[0] * 2
     table = tuple(range(1, 1 + -(-len(prompt) // 16)))
     chunk = PrefillChunk("a", 0, tuple(prompt), table, SamplingParams(), 0, is_last=True)
-    inputs = PrefillInputs.pack([chunk], len(prompt), block_size=16, max_blocks=16, device=device)
-    logits = prefill_logits(files.spec, params, kv, inputs).double().cpu()
+    buffer = PrefillBuffer(len(prompt), 1, block_size=16, max_blocks=32, spare_row=0, device=device)
+    buffer.fill([chunk])
+    logits = prefill_logits(files.spec, params, kv, buffer.inputs).double().cpu()
     expected = model(torch.tensor([prompt])).logits[0].double()
     library = model.to(device, torch.bfloat16)(torch.tensor([prompt], device=device)).logits[0].double().cpu()
     model.to("cpu", torch.float32)

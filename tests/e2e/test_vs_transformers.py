@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.graphs.decoder import prefill_logits
 from mini_infer.graphs.kv_cache import KVCache
-from mini_infer.graphs.state import PrefillInputs
+from mini_infer.graphs.prefill_inputs import PrefillBuffer
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.step import PrefillChunk
 from tests.tiny_models import VARIANTS, greedy, make_tiny_model
@@ -81,8 +81,9 @@ def test_logits(case: Case) -> None:
         start_block = table[-1] + 1
         chunks.append(PrefillChunk(str(index), 0, tuple(prompt), table, SamplingParams(), 0, is_last=True))
     total = sum(map(len, prompts))
-    inputs = PrefillInputs.pack(chunks, total + 7, block_size=16, max_blocks=16, device=device)
-    logits = prefill_logits(files.spec, params, kv, inputs)
+    buffer = PrefillBuffer(total + 7, 2, block_size=16, max_blocks=16, spare_row=0, device=device)
+    buffer.fill(chunks)
+    logits = prefill_logits(files.spec, params, kv, buffer.inputs)
     begin = 0
     for prompt in prompts:
         expected = case.model(torch.tensor([prompt])).logits[0]
@@ -122,8 +123,9 @@ def test_small_pool(llama: Case, preemption: str, caching: bool, steps_in_flight
         llama,
         max_model_len=112,
         block_size=4,
-        num_gpu_blocks=56,
+        num_gpu_blocks=40,
         num_cpu_blocks=0 if preemption == "recompute" else 100,
+        prefill_share=1.0,
         preemption=preemption,
         enable_prefix_caching=caching,
         max_prefill_tokens=24,

@@ -68,7 +68,7 @@ def assert_close() -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class PagedCache:
-    """A paged cache of random K/V for sequences of given lengths, everything else in it (null block included) huge noise."""
+    """A paged cache of random K/V for sequences of given lengths, all else (null block included) huge noise."""
 
     key_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, head_dim], a view of a larger tensor
     value_cache: torch.Tensor

@@ -1,0 +1,178 @@
+"""Decode attention over the paged cache."""
+
+import pytest
+import torch
+
+from mini_infer.kernels import paged_attention
+from mini_infer.kernels.attention_decode import SPLIT_TOKENS, _launch_paged_attention, paged_attention_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run(backend, query, cache, scale=None, window=0):
+    args = (query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens)
+    if backend.name == "interpreter":
+        return _launch_paged_attention(*args, query.shape[-1] ** -0.5 if scale is None else scale, window)
+    return paged_attention(*args, scale=scale, sliding_window=window)
+
+
+def expected_attention(query, cache, scale=None, window=0):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = []
+    for q, keys, values in zip(query.double().cpu(), cache.keys, cache.values, strict=True):
+        low = max(0, keys.shape[0] - window) if window else 0
+        group = q.shape[0] // keys.shape[1]
+        k, v = keys[low:].repeat_interleave(group, 1), values[low:].repeat_interleave(group, 1)
+        rows.append(torch.einsum("ht,thd->hd", torch.einsum("hd,thd->ht", q * scale, k).softmax(-1), v))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim,block_size",
+    [(9, 3, 64, 16), (4, 4, 80, 16), (6, 1, 96, 8), (8, 2, 128, 32), (2, 1, 256, 16)],
+)
+def test_shapes(backend, make_cache, assert_close, heads, kv_heads, head_dim, block_size, dtype):
+    lens = [1, 17, 50]
+    cache = make_cache(lens, kv_heads, head_dim, block_size, dtype, backend.device)
+    qkv = torch.randn(len(lens), (heads + 5) * head_dim, device=backend.device).to(dtype)
+    query = qkv[:, : heads * head_dim].view(len(lens), heads, head_dim)
+    out = run(backend, query, cache)
+    assert out.dtype == dtype
+    assert_close("out", out, expected_attention(query, cache))
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 300])
+def test_splits_and_window(backend, make_cache, assert_close, window):
+    """Contexts on both sides of a split boundary; the grid is made for a longer one than any row has."""
+    lens = [SPLIT_TOKENS, SPLIT_TOKENS + 1, 2 * SPLIT_TOKENS + 40, 3]
+    cache = make_cache(lens, 1, 64, 16, torch.float32, backend.device, max_blocks=4 * SPLIT_TOKENS // 16)
+    query = torch.randn(len(lens), 3, 64, device=backend.device)
+    assert_close("out", run(backend, query, cache, window=window), expected_attention(query, cache, window=window))
+
+
+def test_scale(backend, make_cache, assert_close):
+    cache = make_cache([33, 5], 2, 64, 16, torch.float32, backend.device)
+    query = torch.randn(2, 4, 64, device=backend.device)
+    assert_close("out", run(backend, query, cache, scale=0.3), expected_attention(query, cache, scale=0.3))
+
+
+def test_noise_beyond_the_context_changes_nothing(backend, make_cache):
+    """NaN and infinity past each length, in unused blocks and behind wild table entries reach no output."""
+    cache = make_cache([5, 40], 2, 64, 16, torch.float32, backend.device)
+    query = torch.randn(2, 4, 64, device=backend.device)
+    out = run(backend, query, cache)
+    for pool, bad in ((cache.key_cache, float("inf")), (cache.value_cache, 1e30)):
+        for seq, length in enumerate([5, 40]):
+            last = int(cache.block_tables[seq, (length - 1) // 16])
+            pool[last, :, length % 16 or 16 :] = bad if backend.name != "cpu" else 1e30
+        pool[0] = 1e30
+    cache.block_tables[0, 1:] = 2_000_000_000
+    assert torch.equal(run(backend, query, cache), out)
+
+
+def test_row_does_not_depend_on_the_batch(backend, make_cache):
+    """Alone, in a batch and under a wider table: bit-equal in Triton, close on the CPU."""
+    lens = [300, 3, 77]
+    cache = make_cache(lens, 1, 64, 16, torch.float32, backend.device, max_blocks=40)
+    query = torch.randn(3, 3, 64, device=backend.device)
+    together = run(backend, query, cache)
+    for seq in range(3):
+        narrow = 20 if seq != 0 else 33
+        args = cache.key_cache, cache.value_cache, cache.block_tables[seq : seq + 1, :narrow]
+        lens_alone = cache.context_lens[seq : seq + 1]
+        if backend.name == "interpreter":
+            alone = _launch_paged_attention(query[seq : seq + 1], *args, lens_alone, 0.125, 0)
+        else:
+            alone = paged_attention(query[seq : seq + 1], *args, lens_alone)
+        if backend.name == "cpu":
+            torch.testing.assert_close(alone, together[seq : seq + 1])
+        else:
+            assert torch.equal(alone, together[seq : seq + 1])
+
+
+def test_cpu_groups_ragged_rows(make_cache, assert_close, monkeypatch):
+    """The CPU path cuts a large batch into groups of similar length."""
+    from mini_infer.kernels import attention_decode
+
+    monkeypatch.setattr(attention_decode, "_CPU_GATHER_ELEMENTS", 5000)
+    cache = make_cache([3, 90, 16, 1, 40, 41, 17], 2, 64, 16, torch.float32, torch.device("cpu"))
+    query = torch.randn(7, 4, 64)
+    for window in (0, 10):
+        out = paged_attention(
+            query,
+            cache.key_cache,
+            cache.value_cache,
+            cache.block_tables,
+            cache.context_lens,
+            sliding_window=window,
+        )
+        assert_close("out", out, expected_attention(query, cache, window=window))
+
+
+def test_padded_rows_are_ordinary_rows(backend, make_cache, assert_close):
+    cache = make_cache([20], 1, 64, 16, torch.float32, backend.device)
+    tables = torch.cat([cache.block_tables, torch.zeros_like(cache.block_tables)])
+    lens = torch.tensor([20, 1], dtype=torch.int32, device=backend.device)
+    query = torch.randn(2, 2, 64, device=backend.device)
+    if backend.name == "interpreter":
+        out = _launch_paged_attention(query, cache.key_cache, cache.value_cache, tables, lens, 0.125, 0)
+    else:
+        out = paged_attention(query, cache.key_cache, cache.value_cache, tables, lens)
+    assert_close("real row", out[:1], expected_attention(query[:1], cache))
+    assert torch.equal(out[1], cache.value_cache[0, :, 0].expand(2, 64))
+
+
+def test_reference(make_cache, assert_close):
+    cache = make_cache([1, 17, 50], 3, 64, 16, torch.float32, torch.device("cpu"))
+    query = torch.randn(3, 9, 64)
+    for window in (0, 7):
+        out = paged_attention_reference(
+            query,
+            cache.key_cache,
+            cache.value_cache,
+            cache.block_tables,
+            cache.context_lens,
+            0.125,
+            window,
+        )
+        assert_close("out", out, expected_attention(query, cache, window=window))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(32, 8, 128), (64, 8, 128), (8, 8, 256), (71, 1, 64)])
+@pytest.mark.parametrize("window", [0, 1000])
+def test_large(make_cache, assert_close, heads, kv_heads, head_dim, window, dtype):
+    cache = make_cache([1, 1000, 2311, 4096], kv_heads, head_dim, 16, dtype, torch.device("cuda"))
+    query = torch.randn(4, heads, head_dim, device="cuda").to(dtype)
+    out = paged_attention(
+        query,
+        cache.key_cache,
+        cache.value_cache,
+        cache.block_tables,
+        cache.context_lens,
+        sliding_window=window,
+    )
+    assert_close("out", out, expected_attention(query, cache, window=window))
+
+
+def test_bad_arguments():
+    cache, query = torch.zeros(4, 2, 16, 64), torch.zeros(3, 4, 64)
+    tables, lens = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="query must have a multiple of key_cache's 2 heads"):
+        paged_attention(query[:, :3], cache, cache, tables, lens)
+    with pytest.raises(ValueError, match="query has head_dim 32, key_cache has 64"):
+        paged_attention(query[..., :32], cache, cache, tables, lens)
+    with pytest.raises(ValueError, match=r"context_lens must be \[2\]"):
+        paged_attention(query[:2], cache, cache, tables, lens)
+    with pytest.raises(ValueError, match=r"block_tables must be \[num_seqs, max_blocks\]"):
+        paged_attention(query, cache, cache, tables[:2], lens)
+    with pytest.raises(ValueError, match="context_lens must be int32 or int64"):
+        paged_attention(query, cache, cache, tables, lens.float())
+    with pytest.raises(ValueError, match="sliding_window must be >= 0"):
+        paged_attention(query, cache, cache, tables, lens, sliding_window=-1)
+    with pytest.raises(ValueError, match="value_cache must have the shape of key_cache"):
+        paged_attention(query, cache, cache[:2], tables, lens)
+    with pytest.raises(ValueError, match="key_cache must have the dtype of query"):
+        paged_attention(query.half(), cache, cache, tables, lens)

@@ -1,0 +1,74 @@
+"""Every kernel compiles for sm_90 on a machine without a GPU: the compiler refuses more than the interpreter does.
+
+Run in a process of its own, where Triton is not interpreted and a stub driver names the target; nothing is launched.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CODE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+triton.runtime.driver.set_active(Driver())
+run, compiled = JITFunction.run, []
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    compiled.append(kernel.metadata.name)
+    assert kernel.metadata.shared <= 227 * 1024, (compiled[-1], kernel.metadata.shared)
+    return kernel
+
+JITFunction.run = compile_only
+from mini_infer.kernels import activation, attention_decode, attention_prefill, kv_store, norm, rotary, sampling
+
+ints = lambda *values: torch.tensor(values, dtype=torch.int32)
+x = torch.randn(4, 2048).bfloat16()
+norm._launch_rmsnorm(x, x[0], 1e-6)
+norm._launch_add_rmsnorm(x, x, x[0], 1e-6)
+activation._launch_silu_and_mul(x)
+q, k = torch.randn(4, 8, 128).bfloat16(), torch.randn(4, 2, 128).bfloat16()
+cache, slots = torch.randn(9, 2, 16, 128).bfloat16(), torch.arange(4)
+tables, lens = torch.ones(4, 40).int(), ints(1, 1, 1, 1)
+rotary._launch_rotary(q, k, torch.randn(9, 64), torch.randn(9, 64), slots)
+kv_store._launch_store_kv(k, k, cache, cache, slots)
+for window in (0, 100):
+    attention_decode._launch_paged_attention(q, cache, cache, tables, lens, 0.1, window)
+    attention_prefill._launch_paged_prefill_attention(q, cache, cache, tables, lens, ints(0, 1, 2, 3, 4), 0.1, window)
+attention_decode._launch_paged_attention(q[:1], cache, cache, tables[:1, :4], lens[:1], 0.1, 0)
+attention_prefill._launch_paged_prefill_attention(q[:1], cache, cache, tables[:1], lens[:1], ints(0, 1), 0.1, 0)
+f = torch.ones(4)
+sampling._launch_sample(torch.randn(4, 9000).bfloat16(), f, f.int(), f, f, slots, slots)
+sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
+assert len(set(compiled)) == 9, set(compiled)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile the kernels")
+def test_kernels_compile_without_a_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(CODE)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=root,
+        env={**environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
