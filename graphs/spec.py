@@ -158,12 +158,13 @@ def _check_options(config: Any, head_dim: int) -> None:
 
 def _sliding_windows(config: Any) -> tuple[int, ...]:
     """Window of each layer, 0 for full attention."""
-    window = getattr(config, "sliding_window", None) or 0
+    window: int = getattr(config, "sliding_window", None) or 0
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         if config.model_type != "mistral":
             window = 0
-        return (window,) * config.num_hidden_layers
+        num_layers: int = config.num_hidden_layers
+        return (window,) * num_layers
     for layer_type in layer_types:
         if layer_type not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(

@@ -87,7 +87,7 @@ def _edit_rows_cpu(stage: Tensor, tokens: Tensor, fields: Tensor, seeds: Tensor,
     given = stage[:, 2].long()
     tokens.index_copy_(0, rows, torch.where(source < 0, given, tokens[source.clamp(min=0)]))
     fields.index_copy_(1, rows, stage[:, FIRST_FIELD : FIRST_FIELD + _NUM_FIELDS].t())
-    seeds.index_copy_(0, rows, stage[:, SEED : SEED + 2].contiguous().view(torch.int64)[:, 0])
+    seeds.index_copy_(0, rows, stage[:, SEED : SEED + 2].reshape(-1).view(torch.int64))
     tables.index_copy_(0, rows, stage[:, HEADER:])
 
 

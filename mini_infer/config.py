@@ -72,7 +72,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None
     max_prefill_seqs: int = 64
-    prefill_share: float = 0.5
+    prefill_share: float = 0.9
     decode_buckets: Sequence[int] | None = None
     prefill_buckets: Sequence[int] | None = None
     capture_graphs: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.request import Request
@@ -78,7 +78,7 @@ class RequestIntake:
             return tuple(require_tokenizer(self._tokenizer).encode(prompt))
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-        token_ids: Sequence[int] = prompt
+        token_ids = cast(Sequence[int], prompt)
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")

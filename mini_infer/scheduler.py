@@ -70,7 +70,7 @@ class Scheduler:
         decode_buckets: BucketTable | None = None,
         prefill_buckets: BucketTable | None = None,
         max_prefill_seqs: int = 64,
-        prefill_share: float = 0.5,
+        prefill_share: float = 0.9,
         preemption: str = "auto",
         swap_ms_per_block: float | None = None,
         enable_prefix_caching: bool = True,

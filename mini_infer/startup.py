@@ -70,7 +70,8 @@ def assemble(config: EngineConfig) -> EngineParts:
         files,
         dtype=dtype,
         device=device,
-        max_positions=max_model_len,
+        # Padding sequences fill whole tables, so every slot of the last block has a position.
+        max_positions=-(-max_model_len // config.block_size) * config.block_size,
         dummy_seed=config.seed if config.load_format == "dummy" else None,
         progress=config.progress,
     )

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--steps-in-flight", type=int, default=2)
-    parser.add_argument("--prefill-share", type=float, default=0.5)
+    parser.add_argument("--prefill-share", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true", help="run without captured graphs")
     arguments = parser.parse_args()
     for name, value in environment().items():

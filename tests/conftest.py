@@ -5,6 +5,9 @@ The first lines must run before any module with a Triton kernel is imported: wit
 
 import os
 
+# Threads that wait for one another do so asleep: on a busy machine, spinning makes every small product crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
