@@ -338,6 +338,11 @@ class LLMEngine:
         if outputs.kind is StepKind.PREFILL:
             self._tokens["prompt"] += outputs.num_tokens
         try:
+            parts.runner.prepare(outputs)
+        except Exception as error:
+            logger.error("step %d could not be prepared (%s)", outputs.step, outputs.reason, exc_info=error)
+            return parts.scheduler.fail_all(f"{type(error).__name__}: {error}")
+        try:
             handle = parts.runner.execute(outputs)
         except Exception as error:
             return self._fail(parts, outputs, error)

@@ -57,6 +57,7 @@ class Request:
         cumulative_logprob: Sum of the log probabilities of the generated tokens (model's own, temperature 1).
         num_computed_tokens: Tokens whose K/V is written once every launched step has run.
         num_in_flight: Sampled tokens that are launched but not read back.
+        num_chunks_in_flight: Chunks of its prompt that are launched but not read back, the last one not counted.
         prefill_target: Tokens to compute before it decodes (again).
         row: Its row in the decode batch, or ``NO_ROW``.
         num_preemptions: How often it lost its place.
@@ -76,6 +77,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_in_flight: int = 0
+    num_chunks_in_flight: int = 0
     prefill_target: int = 0
     num_cached_tokens: int = 0
     row: int = NO_ROW

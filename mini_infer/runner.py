@@ -113,11 +113,15 @@ class ModelRunner:
         return graphs.ledger
 
     @torch.inference_mode()
-    def execute(self, outputs: SchedulerOutputs) -> StepHandle:
-        """Launch one step. On a GPU this returns before the step has run."""
+    def prepare(self, outputs: SchedulerOutputs) -> None:
+        """Move swapped blocks and edit the rows, as the step needs them. Other requests' state is at stake here too."""
         self._swap_pool.swap_out(outputs.swap_out)
         self._swap_pool.swap_in(outputs.swap_in)
         self._state.apply(outputs.edits)
+
+    @torch.inference_mode()
+    def execute(self, outputs: SchedulerOutputs) -> StepHandle:
+        """Launch one step, after `prepare`. On a GPU this returns before the step has run."""
         self.off_graph_steps += self._device.type == "cuda" and not self._captured
         if outputs.kind is StepKind.PREFILL:
             return StepHandle(self._steps.prefill(outputs.chunks, outputs.bucket), outputs.num_seqs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from mini_infer.exceptions import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
+MAX_TEMPERATURE = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,7 @@ class SamplingParams:
     share their fate: a tie at the edge of a set is kept whole.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy. At least 0.
+        temperature: Divides the logits; 0 is greedy. Between 0 and 1e6.
         top_p: Keep the smallest set of most likely tokens whose probability reaches this. In (0, 1].
         top_k: Keep the ``top_k`` most likely tokens; -1 keeps all.
         min_p: Drop tokens less likely than ``min_p`` times the most likely one. In [0, 1].
@@ -47,7 +48,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, low=0.0, high=math.inf)
+        _check_number("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         _check_number("top_p", self.top_p, low=0.0, high=1.0)
         if self.top_p == 0.0:
             raise InvalidRequestError("top_p must be in (0, 1], got 0; for greedy decoding use temperature=0")
@@ -55,6 +56,8 @@ class SamplingParams:
         check_int("top_k", self.top_k, low=-1)
         if self.top_k == 0:
             raise InvalidRequestError("top_k must be at least 1, or -1 to keep all tokens, got 0")
+        if self.top_k > MAX_TOP_K:
+            raise InvalidRequestError(f"top_k must be at most {MAX_TOP_K}, got {self.top_k}; -1 keeps all tokens")
         check_int("max_tokens", self.max_tokens, low=1)
         if self.seed is not None:
             check_int("seed", self.seed, low=0)
@@ -89,9 +92,8 @@ def check_int(name: str, value: object, *, low: int) -> None:
 def _check_number(name: str, value: object, *, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequestError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise InvalidRequestError(f"{name} must be finite and {bound}, got {value}")
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} must be finite and between {low:g} and {high:.12g}, got {value}")
 
 
 def _as_tuple(name: str, values: object) -> tuple[Any, ...]:

@@ -161,6 +161,13 @@ class Scheduler:
         failed = [self.finish(request_id, FinishReason.ERROR, error) for request_id in outputs.request_ids]
         return [request for request in failed if request is not None]
 
+    def fail_all(self, error: str) -> list[Request]:
+        """End every request that has blocks on the device, whose state there is lost; the queue goes on."""
+        lost = [r for r in self._requests.values() if r.status not in (RequestStatus.WAITING, RequestStatus.SWAPPED)]
+        for request in lost:
+            self._finish(request, FinishReason.ERROR, error)
+        return lost
+
     @property
     def num_unfinished(self) -> int:
         """Requests that have not ended."""
@@ -235,8 +242,9 @@ class Scheduler:
             request = self._requests.get(chunk.request_id)
             if request is None:
                 continue
+            request.num_chunks_in_flight -= not chunk.is_last
             # A request that lost its blocks while the chunk was in flight has nothing to record.
-            if request.num_computed_tokens >= chunk.stop and request.status is not RequestStatus.SWAPPED:
+            if request.status not in (RequestStatus.WAITING, RequestStatus.SWAPPED):
                 self.block_manager.cache_prefix(chunk.request_id, request.token_slice, chunk.stop)
             if chunk.is_last:
                 self._append_token(request, token_id, logprob)
@@ -294,6 +302,7 @@ class Scheduler:
         for chunk in chunks:
             request = self._requests[chunk.request_id]
             request.num_computed_tokens = chunk.stop
+            request.num_chunks_in_flight += not chunk.is_last
             placed.append(self._end_prefill(request, chunk) if chunk.is_last else chunk)
         self.prefill_padding.count(num_tokens, bucket)
         return self._outputs(
@@ -363,8 +372,8 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its blocks, if there is room for it now."""
-        if request.num_in_flight or not self._has_seat():
-            return False
+        if request.num_in_flight or request.num_chunks_in_flight or not self._has_seat():
+            return False  # steps of its former life must be read back before it begins another
         token_ids = request.known_token_ids()
         cached = self.block_manager.allocate_sequence(request.request_id, token_ids, reserve=len(self._rows))
         if cached is None:

@@ -1,0 +1,731 @@
+"""The scheduler, one decision at a time. What it does under random load is in `test_scheduler_machine.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any
+
+import pytest
+
+from mini_infer.buckets import BucketTable
+from mini_infer.exceptions import ConfigError, InvalidRequestError, OutOfMemoryError
+from mini_infer.request import FinishReason, Request, RequestStatus
+from mini_infer.sampling import SamplingParams
+from mini_infer.scheduler import Scheduler
+from mini_infer.step import ExtendRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.typing import NO_ROW
+from tests.simulated_device import LOGPROB, NAN, Expected, Reference, SimulatedDevice
+
+
+class Engine:
+    """A scheduler with a simulated device, and requests by name. ``options`` are the scheduler's."""
+
+    def __init__(self, **options: Any) -> None:
+        options = {"max_num_seqs": 4, "max_model_len": 32, "block_size": 4, "num_cpu_blocks": 0, **options}
+        self.scheduler = Scheduler(**options)
+        self.expected: dict[str, Expected] = {}
+        self.requests: dict[str, Request] = {}
+        self.device = SimulatedDevice(
+            self.expected,
+            max_num_seqs=options["max_num_seqs"],
+            block_size=options["block_size"],
+            num_gpu_blocks=self.scheduler.block_manager.num_gpu_blocks,
+            num_cpu_blocks=options["num_cpu_blocks"],
+        )
+        self.launched: deque[tuple[SchedulerOutputs, SampledTokens]] = deque()
+
+    def add(self, name: str, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
+        nan_at = fields.pop("nan_at", None)
+        sampling = SamplingParams(max_tokens=max_tokens)
+        request = Request(name, tuple(prompt), sampling, seed=len(self.requests), **fields)
+        self.scheduler.add(request)
+        reference = Reference(prompt, min(max_tokens, self.scheduler.max_model_len - len(prompt)))
+        self.expected[name] = Expected(reference, sampling, request.seed, nan_at)
+        self.requests[name] = request
+        return request
+
+    def launch(self) -> SchedulerOutputs:
+        outputs = self.scheduler.schedule()
+        if outputs:
+            self.launched.append((outputs, self.device.run(outputs)))
+        return outputs
+
+    def read_back(self) -> list[Request]:
+        return self.scheduler.update(*self.launched.popleft())
+
+    def step(self) -> SchedulerOutputs:
+        outputs = self.launch()
+        if self.launched:
+            self.read_back()
+        return outputs
+
+    def finish(self, limit: int = 500) -> list[SchedulerOutputs]:
+        """Steps until nothing is left."""
+        steps = []
+        while self.scheduler.num_unfinished:
+            assert len(steps) < limit, "it does not end"
+            steps.append(self.step())
+        for name, request in self.requests.items():
+            expected = self.expected[name]
+            if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                result = expected.reference.result(request.stop_token_ids, expected.nan_at)
+                assert (request.output_token_ids, request.finish_reason) == result
+        return steps
+
+
+def prompt_of(length: int, first: int = 1) -> list[int]:
+    """A prompt that shares no prefix with one of another ``first``."""
+    return [first, *range(10, 9 + length)]
+
+
+# The user's contract
+
+
+def test_the_users_example() -> None:
+    scheduler = Scheduler(max_num_seqs=64, max_model_len=2048, block_size=16)
+    scheduled_seqs = scheduler.schedule()
+    assert isinstance(scheduled_seqs, SchedulerOutputs)
+    assert not scheduled_seqs
+    assert scheduler.block_manager.num_gpu_blocks == 64 * 128, "enough for every sequence at its longest"
+    scheduler.add(Request("a", (1, 2, 3), SamplingParams()))
+    assert scheduler.schedule().kind is StepKind.PREFILL
+
+
+def test_idle_says_so_and_counts_no_step() -> None:
+    engine = Engine()
+    idle = engine.scheduler.schedule()
+    assert idle.kind is StepKind.IDLE and idle.num_seqs == 0 and not idle.edits
+    assert idle.reason == "nothing to run"
+    engine.add("a", [1], 2)
+    assert engine.launch().step == 1
+
+
+def test_a_request_from_queue_to_end() -> None:
+    engine = Engine()
+    request = engine.add("a", prompt_of(6), 3)
+    assert request.status is RequestStatus.WAITING and engine.scheduler.num_waiting == 1
+    prefill = engine.launch()
+    assert prefill.request_ids == ("a",) and prefill.num_tokens == 6 and prefill.bucket == 16
+    assert prefill.chunks[0].is_last and prefill.chunks[0].row == 0
+    assert prefill.edits == (PlaceRow(0, None, 7, (1, 2), request.sampling, request.seed),)
+    assert request.status is RequestStatus.RUNNING and request.output_token_ids == []
+    assert engine.read_back() == [request] and len(request.output_token_ids) == 1
+    decode = engine.launch()
+    assert (decode.kind, decode.bucket, decode.request_ids, decode.edits) == (StepKind.DECODE, 1, ("a",), ())
+    engine.read_back()
+    assert engine.launch().kind is StepKind.DECODE
+    assert request.status is RequestStatus.DRAINING, "its last step is launched"
+    assert not engine.scheduler.schedule(), "nothing is left to launch"
+    assert engine.read_back() == [request]
+    assert request.finish_reason is FinishReason.LENGTH and request.finished
+    assert request.output_token_ids == engine.expected["a"].reference.tokens[6:]
+    assert request.cumulative_logprob == 3 * LOGPROB
+    assert engine.scheduler.num_unfinished == 0 and engine.scheduler.block_manager.num_used_blocks == 0
+
+
+def test_metadata_is_what_the_user_may_see_of_a_sequence() -> None:
+    engine = Engine()
+    engine.add("a", prompt_of(6), 3)
+    waiting = engine.scheduler.metadata("a")
+    assert (waiting.row, waiting.num_tokens, waiting.num_computed_tokens, waiting.block_table) == (NO_ROW, 6, 0, [])
+    engine.launch()
+    running = engine.scheduler.metadata("a")
+    assert (running.request_id, running.row, running.num_tokens, running.num_computed_tokens) == ("a", 0, 7, 6)
+    assert running.block_table == [1, 2]
+    with pytest.raises(InvalidRequestError, match="no unfinished request 'b'"):
+        engine.scheduler.metadata("b")
+
+
+def test_every_step_says_why() -> None:
+    engine = Engine(decode_buckets=BucketTable([4], 4))
+    engine.add("a", prompt_of(6), 2)
+    engine.add("b", prompt_of(3, first=2), 2)
+    assert engine.step().reason == "9 prompt tokens of 2 requests in bucket 16"
+    assert engine.step().reason == "2 rows decode in bucket 4"
+
+
+# Requests that are refused
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_value_and_bound() -> None:
+    engine = Engine(max_model_len=32)
+    with pytest.raises(
+        InvalidRequestError, match=r"the prompt has 32 tokens, but max_model_len=32 allows at most 31.*shorten"
+    ):
+        engine.add("a", prompt_of(32), 1)
+    assert engine.scheduler.num_unfinished == 0 and engine.scheduler.num_waiting == 0
+
+
+def test_the_longest_prompt_gets_its_one_token() -> None:
+    engine = Engine(max_model_len=32, num_gpu_blocks=8)
+    request = engine.add("a", prompt_of(31), 100)
+    assert request.max_output_tokens == 1
+    engine.finish()
+    assert request.finish_reason is FinishReason.LENGTH and len(request.output_token_ids) == 1
+
+
+def test_empty_prompts_and_ids_in_use_are_refused() -> None:
+    engine = Engine()
+    with pytest.raises(InvalidRequestError, match="the prompt is empty: at least 1 token"):
+        engine.add("a", [], 1)
+    engine.add("a", [1], 1)
+    with pytest.raises(InvalidRequestError, match="request id 'a' is in use"):
+        engine.add("a", [2], 1)
+    engine.finish()
+    engine.add("a", [3], 1)
+    engine.finish()
+
+
+# Configurations that are refused
+
+
+def test_a_pool_that_cannot_hold_one_sequence_says_the_ways_out() -> None:
+    with pytest.raises(OutOfMemoryError) as error:
+        Scheduler(4, 100, 16, num_gpu_blocks=6)
+    message = str(error.value)
+    assert "6 KV cache blocks of 16 tokens" in message and "takes 7" in message
+    assert "lower max_model_len to at most 96" in message
+    assert "gpu_memory_utilization" in message and "num_gpu_blocks" in message
+    Scheduler(4, 100, 16, num_gpu_blocks=7)
+    Scheduler(4, 96, 16, num_gpu_blocks=6)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len", "block_size", "max_prefill_seqs"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        Scheduler(**{"max_num_seqs": 4, "max_model_len": 32, "block_size": 4, name: 0})
+
+
+def test_buckets_must_reach_the_largest_batch() -> None:
+    with pytest.raises(ConfigError, match="decode buckets end at 8 but max_num_seqs is 9"):
+        Scheduler(9, 32, 4, decode_buckets=BucketTable([4], 8))
+
+
+# Prefill
+
+
+def test_prompts_are_packed_into_one_step() -> None:
+    engine = Engine(max_num_seqs=8)
+    for number, length in enumerate((5, 3, 8)):
+        engine.add(f"r{number}", prompt_of(length, first=number), 2)
+    outputs = engine.step()
+    assert outputs.num_tokens == 16 == outputs.bucket
+    assert [(chunk.request_id, chunk.start, chunk.stop, chunk.row) for chunk in outputs.chunks] == [
+        ("r0", 0, 5, 0),
+        ("r1", 0, 3, 1),
+        ("r2", 0, 8, 2),
+    ]
+    assert engine.step().num_seqs == 3
+
+
+def test_chunks_fill_a_bucket_exactly() -> None:
+    """20 tokens in buckets of 8 and 16, by price: 16 and 4, not 20 padded up and not 8, 8, 4."""
+    engine = Engine(prefill_buckets=BucketTable([8, 16], 32, {8: 1.0, 16: 1.5, 32: 3.0}))
+    engine.add("a", prompt_of(20), 1)
+    sizes = [(outputs.num_tokens, outputs.bucket) for outputs in engine.finish()]
+    assert sizes == [(16, 16), (4, 8)]
+    assert engine.scheduler.prefill_padding.waste == pytest.approx(4 / 24)
+
+
+def test_a_long_prompt_is_cut_at_the_largest_bucket() -> None:
+    engine = Engine(prefill_buckets=BucketTable([4], 8))
+    request = engine.add("a", prompt_of(19), 1)
+    steps = engine.finish()
+    assert [(step.chunks[0].start, step.chunks[0].stop) for step in steps] == [(0, 8), (8, 16), (16, 19)]
+    assert [step.chunks[0].is_last for step in steps] == [False, False, True]
+    assert len(request.output_token_ids) == 1
+
+
+def test_the_budget_goes_to_the_oldest_first() -> None:
+    engine = Engine(prefill_buckets=BucketTable([], 8))
+    engine.add("a", prompt_of(12), 1)
+    engine.add("b", prompt_of(2, first=2), 1)
+    first, second = engine.finish()
+    assert first.request_ids == ("a",) and second.request_ids == ("a", "b")
+
+
+def test_max_prefill_seqs_bounds_the_chunks_of_a_step() -> None:
+    engine = Engine(max_num_seqs=8, max_prefill_seqs=2)
+    for number in range(5):
+        engine.add(f"r{number}", [number], 1)
+    assert [outputs.num_seqs for outputs in engine.finish()] == [2, 2, 1]
+
+
+def test_max_num_seqs_bounds_the_rows() -> None:
+    engine = Engine(max_num_seqs=2, max_model_len=16)
+    for number in range(5):
+        engine.add(f"r{number}", [number, number], 4)
+    seen = 0
+    for _ in range(40):
+        engine.step()
+        seen = max(seen, engine.scheduler.num_running + engine.scheduler.num_prefilling)
+    assert seen == 2 and engine.scheduler.num_unfinished == 0
+
+
+def test_a_hit_skips_what_is_in_the_cache() -> None:
+    engine = Engine()
+    engine.add("a", prompt_of(12), 1)
+    engine.finish()
+    b = engine.add("b", [*prompt_of(8), 99, 98], 1)
+    outputs = engine.step()
+    assert (outputs.chunks[0].start, outputs.num_tokens, b.num_cached_tokens) == (8, 2, 8)
+    c = engine.add("c", prompt_of(12), 1)
+    outputs = engine.step()
+    assert (outputs.chunks[0].start, outputs.num_tokens, c.num_cached_tokens) == (8, 4, 8), "the last block, too"
+
+
+def test_generated_tokens_are_cached_for_the_next_turn() -> None:
+    """A conversation comes back with the answer in its prompt."""
+    engine = Engine()
+    a = engine.add("a", prompt_of(6), 7)
+    engine.finish()
+    b = engine.add("b", [*a.prompt_token_ids, *a.output_token_ids, 77], 1)
+    engine.finish()
+    assert b.num_cached_tokens == 12, "the K/V of the last token was never written, the other 12 are 3 blocks"
+
+
+def test_caching_can_be_turned_off() -> None:
+    engine = Engine(enable_prefix_caching=False)
+    for name in ("a", "b"):
+        request = engine.add(name, prompt_of(12), 1)
+        engine.finish()
+        assert request.num_cached_tokens == 0
+    assert engine.scheduler.block_manager.num_cached_blocks == 0
+
+
+def test_a_prompt_in_flight_is_not_cached_yet() -> None:
+    """Its step may still fail: only what came back is offered to others."""
+    engine = Engine()
+    engine.add("a", prompt_of(12), 2)
+    engine.launch()
+    b = engine.add("b", prompt_of(12), 2)
+    assert engine.launch().kind is StepKind.DECODE or b.num_cached_tokens == 0
+    assert engine.scheduler.block_manager.num_cached_blocks == 0
+    engine.read_back()
+    assert engine.scheduler.block_manager.num_cached_blocks == 3
+
+
+# Prefill and decode share the time
+
+
+def run_under_stream(share: float, prefill_ms: float, decode_ms: float, num_steps: int) -> tuple[float, float]:
+    """Prefill and decode milliseconds while rows decode and prompts keep waiting."""
+    engine = Engine(
+        max_num_seqs=4,
+        max_model_len=64,
+        prefill_share=share,
+        decode_buckets=BucketTable([], 4, {4: decode_ms}),
+        prefill_buckets=BucketTable([], 8, {8: prefill_ms}),
+        enable_prefix_caching=False,
+    )
+    numbers = itertools.count()
+    engine.add("first", [1], 60)
+    engine.step()
+    spent = {StepKind.PREFILL: 0.0, StepKind.DECODE: 0.0}
+    for _ in range(num_steps):
+        while engine.scheduler.num_waiting < 3:
+            engine.add(f"r{next(numbers)}", prompt_of(8), 3)
+        if engine.scheduler.num_running == 0:
+            break
+        had_rows = engine.scheduler.num_running
+        outputs = engine.step()
+        assert outputs
+        if had_rows:
+            spent[outputs.kind] += prefill_ms if outputs.kind is StepKind.PREFILL else decode_ms
+    return spent[StepKind.PREFILL], spent[StepKind.DECODE]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize(("prefill_ms", "decode_ms"), [(5.0, 1.0), (1.0, 1.0)])
+def test_prefill_takes_no_more_than_its_share(share: float, prefill_ms: float, decode_ms: float) -> None:
+    """At most one prefill step over its share, and decode goes on."""
+    prefill, decode = run_under_stream(share, prefill_ms, decode_ms, 100)
+    assert decode > 0
+    assert prefill * (1 - share) <= decode * share + prefill_ms * (1 - share) + 1e-6
+    assert prefill > 0
+
+
+def test_a_cheap_prefill_uses_its_share() -> None:
+    """The share is there to be used: with work for both, prefill gets about half of the time at 0.5."""
+    engine = Engine(
+        max_num_seqs=8,
+        max_model_len=256,
+        prefill_share=0.5,
+        decode_buckets=BucketTable([], 8, {8: 1.0}),
+        prefill_buckets=BucketTable([], 4, {4: 1.0}),
+    )
+    engine.add("a", [1], 200)
+    engine.step()
+    engine.add("b", prompt_of(200, first=2), 10)
+    kinds = [engine.step().kind for _ in range(40)]
+    assert 18 <= kinds.count(StepKind.PREFILL) <= 22
+    assert all(StepKind.DECODE in pair for pair in itertools.pairwise(kinds))
+
+
+def test_share_one_lets_prompts_go_first() -> None:
+    engine = Engine(prefill_share=1.0, max_num_seqs=8, prefill_buckets=BucketTable([], 4))
+    engine.add("a", [1], 20)
+    engine.step()
+    engine.add("b", prompt_of(16, first=2), 2)
+    assert [engine.step().kind for _ in range(5)] == [StepKind.PREFILL] * 4 + [StepKind.DECODE]
+
+
+def test_first_come_first_served() -> None:
+    """Under a stream of short prompts, an early long one is not overtaken, though they would fit and it does not."""
+    engine = Engine(max_num_seqs=3, max_model_len=32, num_gpu_blocks=8, enable_prefix_caching=False)
+    engine.add("r0", [0], 12)
+    engine.add("r1", [1], 12)
+    engine.step()
+    engine.add("long", prompt_of(28, first=7), 2)
+    numbers = itertools.count(2)
+    order: dict[str, None] = {}
+    for _ in range(60):
+        if engine.scheduler.num_waiting < 3:
+            number = next(numbers)
+            engine.add(f"r{number}", [number], 6)
+        order.update({chunk.request_id: None for chunk in engine.step().chunks if chunk.is_last})
+    assert list(order)[:5] == ["long", "r2", "r3", "r4", "r5"]
+
+
+# Decode
+
+
+def test_rows_stay_dense_when_one_ends() -> None:
+    """The last row moves into the hole."""
+    engine = Engine()
+    for name, max_tokens in (("a", 2), ("b", 9), ("c", 9)):
+        engine.add(name, [ord(name)], max_tokens)
+    engine.step()
+    assert engine.step().request_ids == ("a", "b", "c")
+    outputs = engine.step()
+    assert outputs.request_ids == ("c", "b") and outputs.bucket == 2
+    assert [type(edit).__name__ for edit in outputs.edits] == ["MoveRow", "ClearRow"]
+    engine.finish()
+
+
+def test_a_row_gets_a_block_when_it_needs_one() -> None:
+    engine = Engine(block_size=4)
+    engine.add("a", prompt_of(3), 8)
+    engine.step()
+    assert engine.step().edits == (), "the first block still has a place"
+    assert engine.step().edits == (ExtendRow(0, 1, (2,)),)
+    assert [engine.step().edits for _ in range(3)] == [()] * 3
+    assert engine.step().edits == (ExtendRow(0, 2, (3,)),)
+
+
+def test_steps_in_flight_do_not_wait_for_tokens() -> None:
+    """Three decode steps are launched before the first token is read; lengths and blocks move at once."""
+    engine = Engine(block_size=1)
+    request = engine.add("a", [1], 10)
+    for _ in range(4):
+        assert engine.launch()
+    assert request.output_token_ids == [] and request.num_tokens == 5
+    assert engine.scheduler.metadata("a").num_computed_tokens == 4
+    while engine.launched:
+        engine.read_back()
+    assert len(request.output_token_ids) == 4
+    engine.finish()
+
+
+def test_the_surplus_of_an_ended_sequence_is_dropped() -> None:
+    """It ends with the first token that is read, when two more steps are in flight."""
+    engine = Engine(block_size=1)
+    expected = Reference([1], 10)
+    a = engine.add("a", [1], 10, stop_token_ids=frozenset({expected.tokens[1]}))
+    b = engine.add("b", [2], 10)
+    for _ in range(3):
+        engine.launch()
+    assert engine.read_back() == [a, b]
+    assert a.finish_reason is FinishReason.STOP and a.output_token_ids == expected.tokens[1:2]
+    assert engine.read_back() == [b] and engine.read_back() == [b]
+    assert a.output_token_ids == expected.tokens[1:2] and a.cumulative_logprob == LOGPROB
+    assert engine.scheduler.block_manager.num_cached_blocks == 1 + 3, "the surplus was cached as a prefix"
+    engine.finish()
+
+
+def test_no_step_is_launched_beyond_max_tokens() -> None:
+    engine = Engine()
+    engine.add("a", [1], 3)
+    assert [bool(engine.launch()) for _ in range(5)] == [True, True, True, False, False]
+
+
+def test_max_tokens_one_ends_with_the_prefill_and_takes_no_row() -> None:
+    engine = Engine()
+    request = engine.add("a", prompt_of(5), 1)
+    outputs = engine.launch()
+    assert outputs.chunks[0].is_last and outputs.chunks[0].row == NO_ROW and outputs.edits == ()
+    assert engine.scheduler.num_running == 0
+    engine.read_back()
+    assert request.finish_reason is FinishReason.LENGTH and len(request.output_token_ids) == 1
+
+
+def test_a_stop_token_at_the_length_limit_is_a_stop() -> None:
+    engine = Engine()
+    stop = Reference([1], 2).tokens[2]
+    request = engine.add("a", [1], 2, stop_token_ids=frozenset({stop}))
+    engine.finish()
+    assert request.finish_reason is FinishReason.STOP and request.output_token_ids[-1] == stop
+
+
+# Ends from outside, and failures
+
+
+def test_nan_ends_only_its_own_request() -> None:
+    engine = Engine()
+    a = engine.add("a", [1], 6, nan_at=2)
+    b = engine.add("b", [2], 6)
+    engine.finish()
+    assert a.finish_reason is FinishReason.ERROR and "not finite" in str(a.error)
+    assert len(a.output_token_ids) == 2 and a.cumulative_logprob == 2 * LOGPROB
+    assert b.finish_reason is FinishReason.LENGTH and b.error is None
+
+
+@pytest.mark.parametrize("steps", range(5), ids=["waiting", "prefilling", "prefilling more", "running", "running more"])
+def test_abort_in_every_state(steps: int) -> None:
+    engine = Engine(prefill_buckets=BucketTable([], 4))
+    request = engine.add("a", prompt_of(11), 9)
+    for _ in range(steps):
+        engine.launch()
+    assert engine.scheduler.finish("a", FinishReason.ABORT) is request
+    assert request.finish_reason is FinishReason.ABORT and request.error is None
+    assert engine.scheduler.finish("a", FinishReason.ABORT) is None
+    for _ in range(steps):
+        assert engine.read_back() == []
+    assert engine.scheduler.block_manager.num_used_blocks == 0 and not engine.scheduler.schedule()
+
+
+def test_abort_while_swapped_and_while_draining() -> None:
+    engine = Engine(max_model_len=8, block_size=1, num_gpu_blocks=8, num_cpu_blocks=8, preemption="swap")
+    engine.add("a", [1, 2], 6)
+    b = engine.add("b", [3, 4], 6)
+    while b.status is not RequestStatus.SWAPPED:
+        engine.step()
+    engine.scheduler.finish("b", FinishReason.ABORT)
+    assert engine.scheduler.block_manager.num_free_cpu_blocks == 8
+    a = engine.requests["a"]
+    while a.status is not RequestStatus.DRAINING:
+        engine.launch()
+    engine.scheduler.finish("a", FinishReason.ABORT)
+    while engine.launched:
+        assert engine.read_back() == []
+    assert engine.scheduler.block_manager.num_used_blocks == 0
+
+
+def test_a_failed_step_ends_its_requests_and_no_others() -> None:
+    engine = Engine()
+    a = engine.add("a", [1], 6)
+    engine.step()
+    b = engine.add("b", [2], 6)
+    outputs = engine.scheduler.schedule()
+    assert outputs.request_ids == ("b",)
+    engine.device.lose(outputs)
+    assert engine.scheduler.fail(outputs, "it broke") == [b]
+    assert (b.finish_reason, b.error) == (FinishReason.ERROR, "it broke")
+    engine.finish()
+    assert a.finish_reason is FinishReason.LENGTH
+    assert engine.scheduler.fail(outputs, "again") == []
+
+
+def test_what_a_failed_prefill_left_is_never_a_hit() -> None:
+    engine = Engine()
+    engine.add("a", prompt_of(12), 2)
+    outputs = engine.scheduler.schedule()
+    engine.device.lose(outputs)
+    engine.scheduler.fail(outputs, "it broke")
+    b = engine.add("b", prompt_of(12), 2)
+    engine.finish()
+    assert b.num_cached_tokens == 0
+
+
+def test_chunk_of_a_former_life_is_not_cached() -> None:
+    """P is preempted with a chunk in flight and comes back in other blocks, whose step then fails."""
+    engine = Engine(
+        max_model_len=6,
+        block_size=1,
+        num_gpu_blocks=6,
+        prefill_buckets=BucketTable([], 2, {2: 1.0}),
+        preemption="recompute",
+    )
+    engine.add("a", [1], 5)
+    engine.step()
+    engine.add("q", [2], 5)
+    p = engine.add("p", [3, 4, 5], 1)
+    assert engine.launch().request_ids == ("q", "p")
+    assert engine.launch().request_ids == ("a", "q") and p.num_preemptions == 1
+    engine.scheduler.finish("a", FinishReason.ABORT)
+    engine.scheduler.finish("q", FinishReason.ABORT)
+    outputs = engine.scheduler.schedule()
+    if outputs:
+        engine.device.lose(outputs)
+    engine.read_back()
+    engine.read_back()
+    if outputs:
+        engine.scheduler.fail(outputs, "it broke")
+    engine.add("z", [3, 4, 5], 1)
+    engine.finish()
+
+
+# Preemption
+
+
+def tight(**options: Any) -> Engine:
+    """Two sequences that cannot both be held at their full length of 8 blocks."""
+    engine = Engine(
+        **{"max_num_seqs": 4, "max_model_len": 8, "block_size": 1, "num_gpu_blocks": 10, "num_cpu_blocks": 8, **options}
+    )
+    engine.add("a", [1, 2], 6)
+    engine.add("b", [3, 4], 6)
+    return engine
+
+
+def costs(swap: float, prefill: float) -> dict[str, Any]:
+    return {"swap_ms_per_block": swap, "prefill_buckets": BucketTable([], 8, {8: prefill})}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"preemption": "swap"}, "swap"),
+        ({"preemption": "swap", **costs(1000.0, 0.1)}, "swap"),
+        ({"preemption": "recompute"}, "recompute"),
+        ({"preemption": "recompute", **costs(0.001, 1000.0)}, "recompute"),
+        ({"preemption": "auto"}, "swap"),
+        ({"preemption": "auto", **costs(0.1, 5.0)}, "swap"),
+        ({"preemption": "auto", **costs(1.0, 5.0)}, "recompute"),
+        ({"preemption": "auto", "num_cpu_blocks": 0}, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 0}, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 4}, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 5}, "swap"),
+    ],
+    ids=str,
+)
+def test_swap_or_recompute(options: dict[str, Any], kind: str) -> None:
+    """By what was asked, else by cost (two copies of the blocks against a prefill); recompute where CPU blocks end."""
+    engine = tight(**options)
+    engine.finish()
+    counts = engine.scheduler.num_preemptions
+    assert counts[kind] >= 1 and sum(counts.values()) == counts[kind]
+
+
+def test_the_latest_arrival_loses_its_place_and_the_other_goes_on() -> None:
+    engine = tight(preemption="swap")
+    a, b = engine.requests.values()
+    while not b.num_preemptions:
+        engine.step()
+    assert b.status is RequestStatus.SWAPPED and b.row == NO_ROW and engine.scheduler.num_waiting == 1
+    assert a.status is RequestStatus.RUNNING
+    c = engine.add("c", [5], 1)
+    while not b.finished:
+        assert c.status is RequestStatus.WAITING or b.status is not RequestStatus.SWAPPED, "c overtook b"
+        engine.step()
+    engine.finish()
+    assert a.num_preemptions == 0
+
+
+def test_a_swapped_sequence_comes_back_in_one_step_with_its_token() -> None:
+    engine = tight(preemption="swap")
+    b = engine.requests["b"]
+    out: tuple[tuple[int, int], ...] = ()
+    while not out:
+        out = engine.step().swap_out
+    assert len(out) == engine.scheduler.metadata("b").num_computed_tokens
+    outputs = engine.step()
+    while not outputs.swap_in:
+        outputs = engine.step()
+    assert [cpu for _, cpu in outputs.swap_in] == [cpu for _, cpu in out]
+    placed = [edit for edit in outputs.edits if isinstance(edit, PlaceRow)]
+    assert len(placed) == 1 and placed[0].token_id == b.output_token_ids[-2], "the token whose K/V comes next"
+    assert outputs.kind is StepKind.DECODE and "b" in outputs.request_ids
+    engine.finish()
+
+
+def test_recompute_prefills_what_was_generated_and_goes_on() -> None:
+    engine = tight(preemption="recompute", enable_prefix_caching=False)
+    b = engine.requests["b"]
+    while not b.num_preemptions:
+        engine.step()
+    generated = len(b.output_token_ids)
+    assert generated >= 1
+    steps = engine.finish()
+    again = [chunk for step in steps for chunk in step.chunks if chunk.request_id == "b"]
+    assert again[0].start == 0 and list(again[0].token_ids[:2]) == [3, 4]
+    assert again[-1].is_last and again[-1].stop >= 2 + generated
+    assert len(b.output_token_ids) == 6
+
+
+def test_a_half_computed_prompt_is_begun_again_not_swapped() -> None:
+    engine = Engine(
+        max_model_len=12,
+        block_size=1,
+        num_gpu_blocks=12,
+        num_cpu_blocks=100,
+        preemption="swap",
+        prefill_share=0.2,
+        prefill_buckets=BucketTable([], 1, {1: 100.0}),
+    )
+    engine.add("a", [1], 11)
+    engine.step()
+    b = engine.add("b", prompt_of(8, first=2), 2)
+    while not b.num_preemptions:
+        assert engine.step()
+    assert engine.scheduler.num_preemptions == {"swap": 0, "recompute": 1}
+    assert b.status is RequestStatus.WAITING and engine.scheduler.num_prefilling == 0
+    engine.finish()
+
+
+def test_a_prefill_goes_on_when_the_last_row_was_preempted() -> None:
+    """Prefill is ahead of its share, so decode is first; that preempts the only row, but the prompt can go on."""
+    engine = Engine(
+        max_model_len=20,
+        block_size=2,
+        num_gpu_blocks=11,
+        num_cpu_blocks=5,
+        prefill_share=0.2,
+        preemption="swap",
+        enable_prefix_caching=False,
+        prefill_buckets=BucketTable([], 3, {3: 30.0}),
+    )
+    for name in ("a", "b", "c"):
+        engine.add(name, [1, 2, 3], 17)
+    for _ in range(400):
+        if engine.scheduler.num_unfinished:
+            assert engine.step(), "idle, with requests to serve and no step to wait for"
+    assert engine.scheduler.num_unfinished == 0
+
+
+def test_the_smallest_pool_serves_everybody_in_the_end() -> None:
+    """Blocks for one sequence, ten requests of full length."""
+    for options in ({"preemption": "swap", "num_cpu_blocks": 100}, {"preemption": "recompute"}):
+        engine = Engine(max_model_len=8, block_size=2, num_gpu_blocks=4, **options)
+        for number in range(10):
+            engine.add(f"r{number}", [number, 1, 2], 5)
+        engine.finish()
+        assert all(len(request.output_token_ids) == 5 for request in engine.requests.values())
+
+
+def test_logprobs_of_incomplete_chunks_mean_nothing() -> None:
+    """The runner has no logits for them; whatever it returns must not end the request."""
+    engine = Engine(prefill_buckets=BucketTable([], 4))
+    request = engine.add("a", prompt_of(6), 1)
+    outputs = engine.scheduler.schedule()
+    assert not outputs.chunks[0].is_last
+    assert engine.scheduler.update(outputs, SampledTokens([-1], [NAN])) == []
+    assert request.finish_reason is None and request.output_token_ids == []
+
+
+def test_results_of_the_wrong_length_are_noticed() -> None:
+    engine = Engine()
+    engine.add("a", [1], 2)
+    outputs = engine.scheduler.schedule()
+    with pytest.raises(ValueError):
+        engine.scheduler.update(outputs, SampledTokens([1, 2], [0.0, 0.0]))
+
+
+def test_padding_is_counted() -> None:
+    engine = Engine(decode_buckets=BucketTable([], 4, {4: 2.0}))
+    engine.add("a", prompt_of(6), 3)
+    engine.finish()
+    use = engine.scheduler.decode_padding.by_bucket[4]
+    assert (use.steps, use.rows, use.padded, use.padding_ms) == (2, 2, 6, 3.0)
+    assert engine.scheduler.prefill_padding.by_bucket[16].padded == 10
