@@ -1,4 +1,4 @@
-"""The ``mini-infer`` command: generate, chat, download-demo, info."""
+"""The ``mini-infer`` command: generate, chat, download-demo, info, bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mini_infer import __version__
+from mini_infer.bench.arguments import add_arguments
 from mini_infer.config import DEVICES, DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
 from mini_infer.demo_model import demo_model_available, demo_model_path, download_demo_model
 from mini_infer.exceptions import MiniInferError
@@ -95,6 +96,12 @@ def _info(arguments: argparse.Namespace) -> None:
         f"vocabulary {spec.vocab_size:,}, at most {spec.max_position_embeddings:,} tokens"
     )
     print(f"\nmemory plan (estimated, nothing is loaded)\n{plan.describe()}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from mini_infer.bench.command import run  # imports torch
+
+    run(arguments)
 
 
 def _engine(arguments: argparse.Namespace) -> Any:
@@ -202,11 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="device, versions, and a model's memory plan", formatter_class=_Help)
     info.set_defaults(run=_info)
 
+    bench = commands.add_parser("bench", help="benchmarks with random weights of a real shape", formatter_class=_Help)
+    add_arguments(bench)
+    bench.set_defaults(run=_bench)
+
     for command in (generate, chat, info):
         _add_engine_options(command)
     for command in (generate, chat):
         _add_sampling_options(command)
-    for command in (generate, chat, download, info):
+    for command in (generate, chat, download, info, bench):
         command.add_argument("--verbose", action="store_true", help="log the start and the memory plan")
     return parser
 

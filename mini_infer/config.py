@@ -46,7 +46,8 @@ class EngineConfig:
         prefill_buckets: Token counts to build steps for. ``max_prefill_tokens`` is always added. Default: a dense
             table.
         capture_graphs: Capture the steps as CUDA graphs. Off: every step runs eagerly.
-        steps_in_flight: Steps launched before the first one's tokens are read. 1 waits for every step.
+        steps_in_flight: Steps launched before the first one's tokens are read; 1 waits for every step. Default: 2 on a
+            GPU, 1 on a CPU.
         measure_costs: Time the buckets at start. Off: costs are taken as proportional to size.
         progress: Show progress bars for long work when the output is a terminal.
 
@@ -76,7 +77,7 @@ class EngineConfig:
     decode_buckets: Sequence[int] | None = None
     prefill_buckets: Sequence[int] | None = None
     capture_graphs: bool = True
-    steps_in_flight: int = 1
+    steps_in_flight: int | None = None
     measure_costs: bool = True
     progress: bool = True
 
@@ -84,10 +85,10 @@ class EngineConfig:
         _check_text("model", self.model)
         if self.tokenizer is not None:
             _check_text("tokenizer", self.tokenizer)
-        for name in ("max_num_seqs", "max_prefill_seqs", "steps_in_flight"):
+        for name in ("max_num_seqs", "max_prefill_seqs"):
             _check_int(name, getattr(self, name), low=1)
         _check_int("seed", self.seed, low=0)
-        for name in ("max_model_len", "num_gpu_blocks", "max_prefill_tokens"):
+        for name in ("max_model_len", "num_gpu_blocks", "max_prefill_tokens", "steps_in_flight"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), low=1)
         if self.num_cpu_blocks is not None:

@@ -63,6 +63,7 @@ class LLMEngine:
         )
         self._processor = OutputProcessor(parts.tokenizer)
         self._outputs: dict[str, GenerateOutput] = {}  # finished, not fetched
+        self._steps_in_flight = config.steps_in_flight or (2 if parts.runner.device.type == "cuda" else 1)
         self._in_flight: deque[tuple[SchedulerOutputs, StepHandle]] = deque()
         self._num_finished = 0
         self._tokens = {"prompt": 0, "cached": 0, "output": 0}
@@ -255,7 +256,7 @@ class LLMEngine:
         ended: list[Request] = []
         if outputs:
             ended += self._launch(parts, outputs)
-        if self._in_flight and (not outputs or len(self._in_flight) >= self.config.steps_in_flight):
+        if self._in_flight and (not outputs or len(self._in_flight) >= self._steps_in_flight):
             ended += self._read_back(parts)
         return [self._end(request) for request in ended]
 

@@ -52,6 +52,10 @@ class ModelRunner:
         block_size: Tokens per block.
         max_num_seqs: Rows of the decode state.
         max_model_len: Tokens of the longest sequence.
+
+    Attributes:
+        device: Where it runs.
+        off_graph_steps: Steps on a GPU that were not a replay of a captured graph.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
-        self._device = device
+        self.device = device
         max_blocks = -(-max_model_len // block_size)
         self._kv = KVCache(spec, num_gpu_blocks, block_size, dtype, device)
         self._swap_pool = SwapPool(self._kv, num_cpu_blocks)
@@ -105,7 +109,7 @@ class ModelRunner:
             max_chunks=max_chunks,
             block_size=self._block_size,
             max_blocks=self._max_blocks,
-            device=self._device,
+            device=self.device,
             progress=progress,
         )
         self._steps = graphs
@@ -122,7 +126,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, outputs: SchedulerOutputs) -> StepHandle:
         """Launch one step, after `prepare`. On a GPU this returns before the step has run."""
-        self.off_graph_steps += self._device.type == "cuda" and not self._captured
+        self.off_graph_steps += self.device.type == "cuda" and not self._captured
         if outputs.kind is StepKind.PREFILL:
             return StepHandle(self._steps.prefill(outputs.chunks, outputs.bucket), outputs.num_seqs)
         self._state.advanced(outputs.bucket)
@@ -171,5 +175,5 @@ class ModelRunner:
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 _UNHURRIED = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
-settings.register_profile("standard", max_examples=1000, stateful_step_count=50, derandomize=True, **_UNHURRIED)
+settings.register_profile("standard", max_examples=2000, stateful_step_count=50, derandomize=True, **_UNHURRIED)
 settings.register_profile("long", max_examples=5000, stateful_step_count=100, **_UNHURRIED)
 
 STATE_MACHINE = settings.get_profile(os.environ.get("MINI_INFER_HYPOTHESIS", "standard"))

@@ -177,13 +177,13 @@ def test_bad_buckets(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer", "max_model_len", "num_gpu_blocks", "max_prefill_tokens", "num_cpu_blocks"]
+    "name", ["tokenizer", "max_model_len", "num_gpu_blocks", "max_prefill_tokens", "num_cpu_blocks", "steps_in_flight"]
 )
 def test_none_stands_for_the_default(name: str) -> None:
     assert getattr(make(**{name: None}), name) is None
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_seqs", "block_size", "seed", "steps_in_flight", "model"])
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_seqs", "block_size", "seed", "model"])
 def test_none_is_no_value_for_the_others(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         make(**{name: None})

@@ -675,23 +675,26 @@ def test_a_half_computed_prompt_is_begun_again_not_swapped() -> None:
 
 
 def test_a_prefill_goes_on_when_the_last_row_was_preempted() -> None:
-    """Prefill is ahead of its share, so decode is first; that preempts the only row, but the prompt can go on."""
+    """Prefill is ahead of its share, so decode is first; that preempts the only row, but an older prompt can go on."""
     engine = Engine(
         max_model_len=20,
-        block_size=2,
-        num_gpu_blocks=11,
-        num_cpu_blocks=5,
+        block_size=1,
+        num_gpu_blocks=20,
+        num_cpu_blocks=9,
         prefill_share=0.2,
         preemption="swap",
+        prefill_buckets=BucketTable([], 3, {3: 100.0}),
         enable_prefix_caching=False,
-        prefill_buckets=BucketTable([], 3, {3: 30.0}),
     )
-    for name in ("a", "b", "c"):
-        engine.add(name, [1, 2, 3], 17)
-    for _ in range(400):
-        if engine.scheduler.num_unfinished:
-            assert engine.step(), "idle, with requests to serve and no step to wait for"
-    assert engine.scheduler.num_unfinished == 0
+    for name, max_tokens in (("a", 12), ("b", 19), ("c", 19)):
+        engine.add(name, [ord(name)], max_tokens)
+    saw_it = False
+    while engine.scheduler.num_unfinished:
+        rows = engine.scheduler.num_running
+        outputs = engine.step()
+        assert outputs, "idle, with requests to serve and no step to wait for"
+        saw_it |= bool(rows and outputs.swap_out and outputs.kind is StepKind.PREFILL)
+    assert saw_it, "the case did not come up"
 
 
 def test_the_smallest_pool_serves_everybody_in_the_end() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mini_infer.sampling import SamplingParams
@@ -116,6 +118,12 @@ def sharegpt_1500(rate: float | None = None) -> Work:
         now += gaps.expovariate(rate)
         arrivals.append(now)
     return Work(prompts, sampling, arrivals)
+
+
+THROUGHPUT: Mapping[str, Callable[[], Work]] = MappingProxyType(
+    {"bench-256": bench_256, "prefill-64x2048": prefill_64x2048, "sharegpt-1500": sharegpt_1500}
+)
+"""Workloads whose requests are all there at once, by name."""
 
 
 def _read(name: str) -> dict[str, Any]:
