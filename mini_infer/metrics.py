@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mini_infer.buckets import BucketUse
 from mini_infer.memory.plan import MemoryPlan
+from mini_infer.step import CaptureRecord
 
 
 class PhaseClock:
@@ -64,6 +65,8 @@ class EngineStats:
         decode_costs, prefill_costs: Milliseconds of one step by bucket.
         costs_measured: False if the costs are only assumed proportional to size.
         memory: Where the memory went.
+        graphs: What each captured graph cost to make.
+        plan_loaded: True if the start measured nothing, because an earlier one had.
         startup: How long the start took.
     """
 
@@ -89,4 +92,6 @@ class EngineStats:
     prefill_costs: dict[int, float]
     costs_measured: bool
     memory: MemoryPlan
+    graphs: tuple[CaptureRecord, ...]
+    plan_loaded: bool
     startup: StartupReport

@@ -10,13 +10,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mini_infer.graphs.capture import CaptureRecord, GraphSet
+from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.kv_cache import KVCache, SwapPool
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import EagerSteps, Model, Steps
-from mini_infer.step import SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.step import CaptureRecord, SampledTokens, SchedulerOutputs, StepKind
 
 
 class StepHandle:

@@ -4,47 +4,56 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from mini_infer.buckets import BucketTable, decode_bucket_sizes, prefill_bucket_sizes
+from mini_infer.buckets import BucketTable
+from mini_infer.builder import GPU_PREFILL_TOKENS, RunnerBuilder, Shape
+from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import ConfigError, ModelNotFoundError
-from mini_infer.graphs.capture import CaptureRecord
-from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
+from mini_infer.machine_plan import MachinePlan, PlanStore
 from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
 from mini_infer.metrics import PhaseClock, StartupReport
 from mini_infer.runner import ModelRunner
 from mini_infer.scheduler import Scheduler
-from mini_infer.step import StepKind
+from mini_infer.step import CaptureRecord
 from mini_infer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-GPU_PREFILL_TOKENS = 8192
-CPU_PREFILL_TOKENS = 512
-MEASURE_SECONDS = 0.5
-"""Time to spend on measuring the buckets of one kind of step; sizes not reached are extrapolated."""
 CPU_KV_SHARE = 0.25
 """A CPU's memory is shared with everything else: the KV cache takes this much of what is free, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What an engine is made of."""
+    """What an engine is made of.
+
+    Attributes:
+        files: The model's folder and spec.
+        tokenizer: None for dummy weights of a bare shape.
+        runner: The model on the device.
+        scheduler: Decides the steps.
+        shape: Model, options and device together.
+        plan: Where the memory goes.
+        graphs: What each captured graph cost to make.
+        plan_loaded: True if nothing was measured, because an earlier start had.
+        report: How long each phase took.
+    """
 
     files: ModelFiles
     tokenizer: Tokenizer | None
     runner: ModelRunner
     scheduler: Scheduler
-    max_model_len: int
+    shape: Shape
     plan: MemoryPlan
+    graphs: tuple[CaptureRecord, ...]
+    plan_loaded: bool
     report: StartupReport
 
 
@@ -62,7 +71,7 @@ def assemble(config: EngineConfig) -> EngineParts:
     files = read_model_files(folder)
     spec = files.spec
     dtype = choose_dtype(config.dtype, device, spec.dtype)
-    max_model_len = choose_max_model_len(config.max_model_len, spec)
+    shape = Shape(config, spec, device, dtype, choose_max_model_len(config.max_model_len, spec))
     clock.mark("config")
     tokenizer = _load_tokenizer(config, folder)
     clock.mark("tokenizer")
@@ -71,26 +80,50 @@ def assemble(config: EngineConfig) -> EngineParts:
         dtype=dtype,
         device=device,
         # Padding sequences fill whole tables, so every slot of the last block has a position.
-        max_positions=-(-max_model_len // config.block_size) * config.block_size,
+        max_positions=shape.max_blocks * config.block_size,
         dummy_seed=config.seed if config.load_format == "dummy" else None,
         progress=config.progress,
     )
     clock.mark("weights")
-    builder = _RunnerBuilder(config, spec, params, device, dtype, max_model_len)
-    plan = builder.plan()
+    builder = RunnerBuilder(shape, params)
+    stored = load_machine_plan(shape)
+    weights = workspace = graph_bytes = 0
+    if device.type == "cuda":
+        weights = torch.cuda.memory_allocated(device)
+        workspace, graph_bytes = (
+            (stored.workspace_bytes, stored.graph_bytes) if stored is not None else builder.measure_memory()
+        )
+    plan = divide_memory(shape, weights=weights, workspace=workspace, graphs=graph_bytes)
     clock.mark("memory")
     runner = builder.build(plan.num_gpu_blocks, plan.num_cpu_blocks)
     clock.mark("kv cache")
-    if builder.captures:
-        ledger = builder.capture(runner, builder.decode_sizes, builder.prefill_sizes)
-        logger.info("captured %d graphs, %.3f GiB", len(ledger), sum(r.bytes for r in ledger) / GIB)
-        clock.mark("capture")
-    scheduler = _make_scheduler(config, runner, builder, plan, max_model_len)
+    ledger = builder.capture(runner) if shape.captures else []
+    clock.mark("capture")
+    machine_plan = stored
+    if machine_plan is None and config.measure_costs:
+        machine_plan = MachinePlan(workspace, graph_bytes, *builder.measure_costs(runner))
+        if device.type == "cuda":
+            path = machine_plans().save(shape.plan_key(), machine_plan)
+            logger.info("kept what was measured in %s", path)
     clock.mark("costs")
+    scheduler = make_scheduler(shape, plan, machine_plan)
+    clock.mark("scheduler")
     report = clock.report()
     logger.info("%s", report.describe())
     logger.info("memory:\n%s", plan.describe())
-    return EngineParts(files, tokenizer, runner, scheduler, max_model_len, plan, report)
+    return EngineParts(files, tokenizer, runner, scheduler, shape, plan, tuple(ledger), stored is not None, report)
+
+
+def machine_plans() -> PlanStore:
+    """Where measurements of this machine are kept."""
+    return PlanStore(cache_folder() / "plans")
+
+
+def load_machine_plan(shape: Shape) -> MachinePlan | None:
+    """What an earlier start measured, if it fits. A CPU is measured every time: it is quick, and rarely idle."""
+    if shape.device.type != "cuda" or not shape.config.measure_costs:
+        return None
+    return machine_plans().load(shape.plan_key())
 
 
 def choose_device(name: str) -> torch.device:
@@ -147,109 +180,36 @@ def _load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
         return None
 
 
-class _RunnerBuilder:
-    """Makes runners of one model that differ only in the size of the KV cache."""
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        spec: ModelSpec,
-        params: Params,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_model_len: int,
-    ) -> None:
-        self._config = config
-        self._spec = spec
-        self._params = params
-        self._device = device
-        self._dtype = dtype
-        self._max_model_len = max_model_len
-        self.captures = device.type == "cuda" and config.capture_graphs
-        default_tokens = GPU_PREFILL_TOKENS if device.type == "cuda" else CPU_PREFILL_TOKENS
-        self.max_prefill_tokens = config.max_prefill_tokens or default_tokens
-        decode_sizes = config.decode_buckets or decode_bucket_sizes(config.max_num_seqs)
-        prefill_sizes = config.prefill_buckets or prefill_bucket_sizes(self.max_prefill_tokens)
-        self.decode_sizes = BucketTable(decode_sizes, config.max_num_seqs).sizes
-        self.prefill_sizes = BucketTable(prefill_sizes, self.max_prefill_tokens).sizes
-
-    def build(self, num_gpu_blocks: int, num_cpu_blocks: int) -> ModelRunner:
-        """A runner with a KV cache of ``num_gpu_blocks`` blocks."""
-        return ModelRunner(
-            self._spec,
-            self._params,
-            device=self._device,
-            dtype=self._dtype,
-            num_gpu_blocks=num_gpu_blocks,
-            num_cpu_blocks=num_cpu_blocks,
-            block_size=self._config.block_size,
-            max_num_seqs=self._config.max_num_seqs,
-            max_model_len=self._max_model_len,
-        )
-
-    def capture(
-        self, runner: ModelRunner, decode_sizes: Sequence[int], prefill_sizes: Sequence[int]
-    ) -> list[CaptureRecord]:
-        """Capture a runner's steps, with a progress bar."""
-        total = len(decode_sizes) + len(prefill_sizes)
-        with tqdm(total=total, desc="graphs", unit="graph", disable=None if self._config.progress else True) as bar:
-            return runner.capture(
-                decode_sizes, prefill_sizes, max_chunks=self._config.max_prefill_seqs, progress=bar.update
-            )
-
-    def plan(self) -> MemoryPlan:
-        """Divide the device's memory, with what the weights and the largest steps were measured to take."""
-        weights = workspace = graphs = 0
-        if self._device.type == "cuda":
-            weights = torch.cuda.memory_allocated(self._device)
-            workspace = self._measure_workspace()
-            graphs = self._measure_graphs() if self.captures else 0
-        return divide_memory(
-            self._config, self._spec, self._device, self._dtype, self._max_model_len, weights, workspace, graphs
-        )
-
-    def _measure_graphs(self) -> int:
-        """Bytes that all graphs will take: the largest of each kind sets the pool, and each further one adds to it."""
-        trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
-        sizes = self.decode_sizes[-2:], self.prefill_sizes[-2:]
-        ledger = trial.capture(*sizes, max_chunks=self._config.max_prefill_seqs)
-        count = {StepKind.DECODE: len(self.decode_sizes), StepKind.PREFILL: len(self.prefill_sizes)}
-        total = sum(record.bytes for record in ledger)
-        for kind in count:
-            *_, further = (record.bytes for record in ledger if record.kind is kind)
-            total += further * (count[kind] - len([record for record in ledger if record.kind is kind]))
-        del trial
-        torch.cuda.empty_cache()
-        return total
-
-    def _measure_workspace(self) -> int:
-        """Bytes that the largest steps take beside weights and KV cache."""
-        trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        trial.measure_prefill([self.max_prefill_tokens], limit_s=0)
-        trial.measure_decode([self._config.max_num_seqs], limit_s=0)
-        peak = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.empty_cache()
-        return peak - before
+def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None) -> Scheduler:
+    """The scheduler, with the costs that were measured."""
+    config = shape.config
+    decode_ms = prefill_ms = swap_ms = None
+    if measured is not None:
+        decode_ms, prefill_ms, swap_ms = measured.decode_ms, measured.prefill_ms, measured.swap_ms_per_block
+    return Scheduler(
+        config.max_num_seqs,
+        shape.max_model_len,
+        config.block_size,
+        num_gpu_blocks=plan.num_gpu_blocks,
+        num_cpu_blocks=plan.num_cpu_blocks,
+        decode_buckets=BucketTable(shape.decode_sizes, shape.decode_sizes[-1], decode_ms),
+        prefill_buckets=BucketTable(shape.prefill_sizes, shape.prefill_sizes[-1], prefill_ms),
+        max_prefill_seqs=config.max_prefill_seqs,
+        prefill_share=config.prefill_share,
+        preemption=config.preemption,
+        swap_ms_per_block=swap_ms,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
 
 
-def divide_memory(
-    config: EngineConfig,
-    spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    weights: int,
-    workspace: int,
-    graphs: int,
-) -> MemoryPlan:
+def divide_memory(shape: Shape, *, weights: int, workspace: int, graphs: int) -> MemoryPlan:
     """The memory plan, given what weights, workspace and graphs take, in bytes.
 
     Raises:
         OutOfMemoryError: not even one sequence of ``max_model_len`` fits.
     """
-    block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size
+    config, device = shape.config, shape.device
+    block_bytes = shape.spec.kv_bytes_per_token(shape.dtype.itemsize) * config.block_size
     most_blocks = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -261,7 +221,7 @@ def divide_memory(
         total = free_cpu_memory()
         share = 1.0 if config.num_gpu_blocks is not None else CPU_KV_SHARE
         budget = int(total * config.gpu_memory_utilization * share)
-        most_blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
+        most_blocks = config.max_num_seqs * shape.max_blocks
         name = "the CPU (free memory)"
     num_cpu_blocks = config.num_cpu_blocks
     if num_cpu_blocks is None:
@@ -277,7 +237,7 @@ def divide_memory(
         block_size=config.block_size,
         num_gpu_blocks=config.num_gpu_blocks,
         num_cpu_blocks=num_cpu_blocks,
-        max_model_len=max_model_len,
+        max_model_len=shape.max_model_len,
         most_blocks=most_blocks,
     )
 
@@ -291,7 +251,7 @@ def estimate_plan(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
     device = choose_device(config.device)
     spec = read_model_files(find_model(config.model, weights=False)).spec
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)
-    max_model_len = choose_max_model_len(config.max_model_len, spec)
+    shape = Shape(config, spec, device, dtype, choose_max_model_len(config.max_model_len, spec))
     weights = workspace = 0
     if device.type == "cuda":
         weights = spec.num_parameters() * dtype.itemsize
@@ -299,40 +259,7 @@ def estimate_plan(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
         activations = (config.max_prefill_tokens or GPU_PREFILL_TOKENS) * widest * dtype.itemsize
         logits = config.max_num_seqs * spec.vocab_size * (dtype.itemsize + 4)
         workspace = activations + logits
-    return spec, divide_memory(config, spec, device, dtype, max_model_len, weights, workspace, graphs=0)
-
-
-def _make_scheduler(
-    config: EngineConfig, runner: ModelRunner, builder: _RunnerBuilder, plan: MemoryPlan, max_model_len: int
-) -> Scheduler:
-    decode_costs = prefill_costs = swap_ms = None
-    if config.measure_costs:
-        decode_costs = runner.measure_decode(_spread(builder.decode_sizes), limit_s=MEASURE_SECONDS)
-        prefill_costs = runner.measure_prefill(_spread(builder.prefill_sizes), limit_s=MEASURE_SECONDS)
-        swap_ms = runner.measure_swap()
-    return Scheduler(
-        config.max_num_seqs,
-        max_model_len,
-        config.block_size,
-        num_gpu_blocks=plan.num_gpu_blocks,
-        num_cpu_blocks=plan.num_cpu_blocks,
-        decode_buckets=BucketTable(builder.decode_sizes, config.max_num_seqs, decode_costs),
-        prefill_buckets=BucketTable(builder.prefill_sizes, builder.max_prefill_tokens, prefill_costs),
-        max_prefill_seqs=config.max_prefill_seqs,
-        prefill_share=config.prefill_share,
-        preemption=config.preemption,
-        swap_ms_per_block=swap_ms,
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-
-
-def _spread(sizes: tuple[int, ...]) -> list[int]:
-    """Sizes at least half as large again as the one before: enough to interpolate between."""
-    chosen = [sizes[0]]
-    for size in sizes[1:]:
-        if size >= 1.5 * chosen[-1] or size == sizes[-1]:
-            chosen.append(size)
-    return chosen
+    return spec, divide_memory(shape, weights=weights, workspace=workspace, graphs=0)
 
 
 def free_cpu_memory() -> int:

@@ -147,3 +147,20 @@ class SampledTokens:
 
     token_ids: list[int]
     logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRecord:
+    """What one graph cost to make.
+
+    Attributes:
+        kind: Prefill or decode.
+        bucket: Its rows or tokens.
+        seconds: Time to warm up and capture it.
+        bytes: Device memory that it took beside what the graphs before it had taken.
+    """
+
+    kind: StepKind
+    bucket: int
+    seconds: float
+    bytes: int

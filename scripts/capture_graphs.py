@@ -1,0 +1,183 @@
+"""Warm up for a model and configuration: compile the kernels, capture every step, time it, and keep what was measured.
+
+    python scripts/capture_graphs.py --model path/or/name --dtype bfloat16 --max-num-seqs 256
+    python scripts/capture_graphs.py --model path/or/name --dtype bfloat16 --max-num-seqs 256 --check
+
+The next start of an `LLMEngine` with the same options measures nothing. With ``--check`` nothing is changed: the kept
+measurements are compared with new ones, and the exit status is 1 if there are none, or if a step is off by more than
+the tolerance. Kernels compile into Triton's own cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from mini_infer import EngineConfig, LLMEngine
+from mini_infer.bench.workloads import shape_folder
+from mini_infer.builder import Shape
+from mini_infer.config import DTYPES, LOAD_FORMATS
+from mini_infer.exceptions import ConfigError, MiniInferError
+from mini_infer.loader import find_model, read_model_files
+from mini_infer.machine_plan import MachinePlan
+from mini_infer.metrics import EngineStats
+from mini_infer.startup import choose_device, choose_dtype, choose_max_model_len, machine_plans
+from mini_infer.step import StepKind
+
+MIB = 1 << 20
+
+
+def main() -> int:
+    """Capture, measure, print and keep; or check. Returns the exit status."""
+    arguments = parse()
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING)
+    try:
+        return run(arguments)
+    except MiniInferError as error:
+        print(f"capture_graphs: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no GPU: steps are captured as CUDA graphs, which a CPU does not have")
+    config = EngineConfig(
+        model=shape_folder(arguments.model),
+        dtype=arguments.dtype,
+        max_num_seqs=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
+        block_size=arguments.block_size,
+        load_format=arguments.load_format,
+        decode_buckets=arguments.decode_buckets,
+        prefill_buckets=arguments.prefill_buckets,
+    )
+    store, key = machine_plans(), shape_of(config).plan_key()
+    kept = store.load(key)
+    if arguments.check and kept is None:
+        print(f"no plan is kept for this model, configuration and machine ({store.path(key)})")
+        return 1
+    store.path(key).unlink(missing_ok=True)
+    try:
+        with LLMEngine(config) as engine:
+            stats = engine.stats()
+    finally:
+        if arguments.check and kept is not None:
+            store.save(key, kept)
+    print_table(stats)
+    print(f"\n{stats.startup.describe()}\n\n{stats.memory.describe()}")
+    if arguments.plot:
+        plot(stats, arguments.plot)
+        print(f"\nplot: {arguments.plot}")
+    if arguments.check:
+        measured = step_costs(stats)
+        assert kept is not None
+        return compare(kept, measured, arguments.tolerance)
+    print(f"\nkept in {store.path(key)}")
+    return 0
+
+
+def shape_of(config: EngineConfig) -> Shape:
+    """What the engine's steps depend on, without loading the weights."""
+    device = choose_device(config.device)
+    spec = read_model_files(find_model(config.model, weights=False)).spec
+    dtype = choose_dtype(config.dtype, device, spec.dtype)
+    return Shape(config, spec, device, dtype, choose_max_model_len(config.max_model_len, spec))
+
+
+def step_costs(stats: EngineStats) -> dict[StepKind, dict[int, float]]:
+    """Milliseconds of every bucket, by kind."""
+    return {StepKind.DECODE: stats.decode_costs, StepKind.PREFILL: stats.prefill_costs}
+
+
+def compare(kept: MachinePlan, measured: dict[StepKind, dict[int, float]], tolerance: float) -> int:
+    """Print how the kept costs compare with new ones. Returns the exit status."""
+    worst = 0.0
+    for kind, costs in ((StepKind.DECODE, kept.decode_ms), (StepKind.PREFILL, kept.prefill_ms)):
+        for bucket, cost in costs.items():
+            off = measured[kind][bucket] / cost - 1
+            worst = max(worst, abs(off))
+            if abs(off) > tolerance:
+                print(f"{kind.value} {bucket}: kept {cost:.3f} ms, now {measured[kind][bucket]:.3f} ms ({off:+.0%})")
+    fits = worst <= tolerance
+    print(f"the kept plan {'fits' if fits else 'does not fit'}: at most {worst:.0%} off, {tolerance:.0%} allowed")
+    return 0 if fits else 1
+
+
+def print_table(stats: EngineStats) -> None:
+    """One line for each graph: what it took to make, and what a step costs."""
+    costs = step_costs(stats)
+    print(f"{'step':<9}{'bucket':>7}{'capture ms':>12}{'MiB':>8}{'step ms':>10}{'ms/row':>10}")
+    for record in sorted(stats.graphs, key=lambda r: (r.kind.value, r.bucket)):
+        cost = costs[record.kind][record.bucket]
+        print(
+            f"{record.kind.value:<9}{record.bucket:>7}{record.seconds * 1e3:>12.1f}{record.bytes / MIB:>8.1f}"
+            f"{cost:>10.3f}{cost / record.bucket:>10.4f}"
+        )
+    seconds, size = sum(r.seconds for r in stats.graphs), sum(r.bytes for r in stats.graphs)
+    print(f"{len(stats.graphs)} graphs: {seconds:.2f} s, {size / MIB:.0f} MiB")
+
+
+def plot(stats: EngineStats, path: Path) -> None:
+    """Step time against batch size, with what rounding up to the next bucket costs shaded.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError("the plot needs matplotlib: pip install matplotlib, or leave out --plot") from error
+    sizes = sorted(stats.decode_costs)
+    exact = [stats.decode_costs[size] for size in sizes]
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    rows = range(1, sizes[-1] + 1)
+    rounded = [min(stats.decode_costs[size] for size in sizes if size >= row) for row in rows]
+    ideal = [interpolate(sizes, exact, row) for row in rows]
+    axes.plot(rows, rounded, drawstyle="steps-pre", label="the step that runs (next bucket)")
+    axes.plot(sizes, exact, "o", markersize=3, label="buckets")
+    axes.fill_between(rows, ideal, rounded, step="pre", alpha=0.3, label="lost to rounding up")
+    axes.set(xlabel="sequences in the batch", ylabel="decode step, ms", title="Decode step time by batch size")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def interpolate(sizes: list[int], costs: list[float], row: int) -> float:
+    """Cost of ``row`` rows if every size had a bucket: linear between the buckets."""
+    for (low, low_cost), (high, high_cost) in zip(
+        zip(sizes, costs, strict=True), zip(sizes[1:], costs[1:], strict=True), strict=False
+    ):
+        if low <= row <= high:
+            return low_cost + (high_cost - low_cost) * (row - low) / (high - low)
+    return costs[0]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face name, local folder, or a bundled shape")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights and KV cache")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences at once")
+    parser.add_argument("--max-model-len", type=int, help="most tokens of one sequence")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per KV cache block")
+    parser.add_argument("--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights")
+    parser.add_argument("--decode-buckets", type=int, nargs="+", help="batch sizes to capture")
+    parser.add_argument("--prefill-buckets", type=int, nargs="+", help="token counts to capture")
+    parser.add_argument("--check", action="store_true", help="compare the kept plan with new measurements")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="how far off --check lets a step be")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot of step time against batch size")
+    parser.add_argument("--verbose", action="store_true", help="log the start")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
