@@ -15,23 +15,15 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mini_infer.buckets import BucketTable, PaddingCounter, decode_bucket_sizes, prefill_bucket_sizes
 from mini_infer.exceptions import ConfigError, InvalidRequestError, OutOfMemoryError
 from mini_infer.memory.block_manager import BlockManager
 from mini_infer.request import FinishReason, Request, RequestStatus
-from mini_infer.step import (
-    ClearRow,
-    ExtendRow,
-    MoveRow,
-    PlaceRow,
-    PrefillChunk,
-    RowEdit,
-    SampledTokens,
-    SchedulerOutputs,
-    StepKind,
-)
-from mini_infer.typing import NO_ROW, SequenceMetadata
+from mini_infer.rows import RowTable
+from mini_infer.step import PrefillChunk, SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.typing import SequenceMetadata
 
 DEFAULT_PREFILL_TOKENS = 2048
 
@@ -117,9 +109,7 @@ class Scheduler:
         self._num_added = 0
         self._queue: list[Request] = []  # WAITING and SWAPPED, by arrival
         self._prefilling: list[Request] = []  # by arrival
-        self._rows: list[Request] = []  # row i decodes _rows[i]
-        self._row_ids: tuple[str, ...] | None = ()  # ids of _rows; None when stale
-        self._edits: list[RowEdit] = []
+        self._rows = RowTable()
         self._swap_out: list[tuple[int, int]] = []
         self._swap_in: list[tuple[int, int]] = []
         self._num_steps = 0
@@ -256,10 +246,8 @@ class Scheduler:
     def _decode_step(self) -> SchedulerOutputs:
         num_seqs = len(self._rows)
         bucket = self.decode_buckets.bucket(num_seqs)
-        if self._row_ids is None:
-            self._row_ids = tuple(request.request_id for request in self._rows)
         outputs = self._outputs(
-            StepKind.DECODE, bucket, self._row_ids, reason=f"{num_seqs} rows decode in bucket {bucket}"
+            StepKind.DECODE, bucket, self._rows.request_ids, reason=f"{num_seqs} rows decode in bucket {bucket}"
         )
         self.decode_padding.count(num_seqs, bucket)
         spent = self.decode_buckets.costs[bucket]
@@ -268,7 +256,7 @@ class Scheduler:
             request.num_computed_tokens = request.num_tokens
             request.num_in_flight += 1
         for request in [r for r in self._rows if r.num_output_tokens >= r.max_output_tokens]:
-            self._leave_row(request)
+            self._rows.leave(request)
             request.status = RequestStatus.DRAINING
         return outputs
 
@@ -287,7 +275,7 @@ class Scheduler:
                     self._preempt(max([*self._rows, *self._prefilling], key=lambda r: r.arrival))
                     continue
                 start = len(manager.table(request.request_id)) - len(added)
-                self._edits.append(ExtendRow(request.row, start, tuple(added)))
+                self._rows.extend(request, start, added)
                 break
         return bool(self._rows)
 
@@ -321,16 +309,7 @@ class Scheduler:
             request.status = RequestStatus.DRAINING
             return chunk
         self._enter_row(request, token_id=None)
-        return PrefillChunk(
-            chunk.request_id,
-            chunk.start,
-            chunk.token_ids,
-            chunk.block_table,
-            chunk.sampling,
-            chunk.seed,
-            is_last=True,
-            row=request.row,
-        )
+        return replace(chunk, row=request.row)
 
     def _plan_prefill(self) -> list[PrefillChunk]:
         """Chunks for the next prefill step, oldest first, as many tokens as fill a bucket best."""
@@ -394,7 +373,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take a request's blocks and its row; it goes back to the queue, in order of arrival."""
         if request.status is RequestStatus.RUNNING:
-            self._leave_row(request)
+            self._rows.leave(request)
         else:
             self._prefilling.remove(request)
         request.num_preemptions += 1
@@ -443,26 +422,9 @@ class Scheduler:
             self._swap_in.extend(pairs)
             self._enter_row(request, token_id=request.token_slice(request.num_tokens - 1, request.num_tokens)[0])
 
-    # Rows
-
     def _enter_row(self, request: Request, token_id: int | None) -> None:
-        request.row = len(self._rows)
         request.status = RequestStatus.RUNNING
-        self._rows.append(request)
-        self._row_ids = None
-        table = tuple(self.block_manager.table(request.request_id))
-        self._edits.append(PlaceRow(request.row, token_id, request.num_tokens, table, request.sampling, request.seed))
-
-    def _leave_row(self, request: Request) -> None:
-        """Free a row; the last row moves into the hole, so that rows stay dense."""
-        last = self._rows.pop()
-        if last is not request:
-            self._rows[request.row] = last
-            self._edits.append(MoveRow(last.row, request.row))
-        self._edits.append(ClearRow(last.row))
-        last.row = request.row
-        request.row = NO_ROW
-        self._row_ids = None
+        self._rows.enter(request, self.block_manager.table(request.request_id), token_id)
 
     # Ends
 
@@ -483,7 +445,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         if request.status is RequestStatus.RUNNING:
-            self._leave_row(request)
+            self._rows.leave(request)
         elif request.status is RequestStatus.PREFILLING:
             self._prefilling.remove(request)
         elif request.status in (RequestStatus.WAITING, RequestStatus.SWAPPED):
@@ -512,10 +474,10 @@ class Scheduler:
             bucket,
             request_ids,
             chunks,
-            tuple(self._edits),
+            self._rows.take_edits(),
             tuple(self._swap_out),
             tuple(self._swap_in),
             reason,
         )
-        self._edits, self._swap_out, self._swap_in = [], [], []
+        self._swap_out, self._swap_in = [], []
         return outputs

@@ -229,6 +229,7 @@ class SimulatedDevice:
         assert row.sampling is expected.sampling and row.seed == expected.seed
         if request_id in self.lost:
             return
+        assert row.seq_len < len(expected.reference.tokens), "a step beyond the last token that was asked for"
         assert row.token_id == expected.reference.tokens[row.seq_len - 1], "the token at hand is not the sequence's"
         self._check_kv(request_id, row.table, row.seq_len - 1)
 

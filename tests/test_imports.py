@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mini_infer"
 
 BASE = ("typing", "exceptions")
-RECORDS = ("config", "sampling", "request", "buckets", "step", "outputs")
+RECORDS = ("config", "sampling", "request", "buckets", "step", "outputs", "rows")
 MEMORY = ("memory",)
 TOP = ("engine", "server", "cli", "__main__")
 ARRAYS = ("torch", "numpy")

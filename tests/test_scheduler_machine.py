@@ -23,6 +23,7 @@ from tests.hypothesis_profiles import STATE_MACHINE
 from tests.simulated_device import Expected, Reference, SimulatedDevice
 
 ON_DEVICE = (RequestStatus.PREFILLING, RequestStatus.RUNNING, RequestStatus.DRAINING)
+SEATED = (RequestStatus.PREFILLING, RequestStatus.RUNNING)
 STEMS = ((0, 0, 1, 0, 1, 1) * 4, (0, 0, 1, 1, 1, 0) * 4)  # prompts begin alike, up to the third or the last token
 Ask: TypeAlias = tuple[tuple[int, ...], int, frozenset[int], int | None]
 PROMPTS = st.builds(
@@ -202,7 +203,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     # The engine's loop
 
     def schedule(self) -> SchedulerOutputs:
+        seated = {request: request.num_preemptions for request in self.unfinished.values() if request.status in SEATED}
         outputs = self.scheduler.schedule()
+        kept = [request.arrival for request, before in seated.items() if request.num_preemptions == before]
+        for request, before in seated.items():
+            if request.num_preemptions > before:
+                assert request.arrival > max(kept, default=-1), "an earlier arrival lost its place to a later one"
         assert outputs.reason, "a step without a reason"
         self.last_was_idle = not outputs
         if not outputs:
@@ -310,6 +316,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 cpu_blocks += self.manager.blocks_for(metadata.num_computed_tokens)
             if request.status not in ON_DEVICE:
                 assert metadata.block_table == []
+                assert request.status is RequestStatus.SWAPPED or metadata.num_computed_tokens == 0
                 continue
             assert metadata.num_computed_tokens <= len(metadata.block_table) * self.manager.block_size
             states = self.expected[request.request_id].reference.states
