@@ -10,8 +10,8 @@ token, whose K/V is already stored. A padded row is an ordinary row: length 1, t
 On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The context is
 cut at multiples of SPLIT_TOKENS, a constant, so that a row's result depends on nothing but the row; each piece is
 reduced with an online softmax (Milakov & Gimelshein 2018) by one program per KV head, whose tile holds the head's whole
-query group; a second kernel weighs the pieces by their log-sum-exp. The grid depends on shapes only, lengths are read
-from device memory.
+query group; a second kernel weighs the pieces by their log-sum-exp. A row that is one piece is done with the first. The
+grid depends on shapes only, lengths are read from device memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,6 +24,7 @@ from torch import Tensor
 from mini_infer.kernels.common import INTERPRET, check_attention, next_power_of_2, register_op
 
 SPLIT_TOKENS = 256
+PROGRAMS = 4096  # about as many as keep an H200's 132 multiprocessors evenly busy to the end
 _CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
 
 
@@ -58,8 +59,9 @@ def _split_kernel(
     value_cache_ptr,
     block_table_ptr,  # [num_seqs, max_blocks]
     context_len_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] contiguous: each split's normalised output
-    lse_ptr,  # [num_seqs, num_heads, max_splits] float32: its log-sum-exp (base 2); unwritten when max_splits is 1
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous: written for a row whose tokens lie in one split
+    part_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] float32: each split's normalised output, for the others
+    lse_ptr,  # [num_seqs, num_heads, max_splits] float32: its log-sum-exp (base 2)
     num_heads,
     q_stride_seq,
     q_stride_head,
@@ -85,16 +87,13 @@ def _split_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
     length = tl.load(context_len_ptr + seq).to(tl.int32)
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, length)
     lowest = 0  # the first position that the query sees
     if SLIDING_WINDOW > 0:
         lowest = tl.maximum(length - SLIDING_WINDOW, 0)
-        # Whole tiles below the window are skipped, so every tile visited holds a visible position.
-        start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
-    if start >= end:
+    first_split = lowest // SPLIT
+    num_splits = tl.cdiv(length, SPLIT)
+    if first_split + tl.program_id(2) >= num_splits:
         return
 
     group = tl.arange(0, BLOCK_GROUP)  # [BLOCK_GROUP] query heads of this KV head
@@ -111,36 +110,44 @@ def _split_kernel(
     key_base = key_cache_ptr + kv_head * kc_stride_head
     value_base = value_cache_ptr + kv_head * vc_stride_head
     table = block_table_ptr + seq * table_stride
-    highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    for tile in range(start, end, BLOCK_N):
-        position = tile + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        visible = (position < end) & (position >= lowest)
-        block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
-        slot = (position % BLOCK_SIZE).to(tl.int64)
-        kv_mask = visible[:, None] & dim_mask[None, :]
-        key_rows = block * kc_stride_block + slot * kc_stride_slot
-        value_rows = block * vc_stride_block + slot * vc_stride_slot
-        key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
-        value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        if UPCAST_DOT:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, axis=1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-        highest = new_highest
-
-    row = (seq * num_heads + heads) * max_splits + split  # [BLOCK_GROUP]
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
-    if max_splits > 1:
-        tl.store(lse_ptr + row, highest + tl.log2(total), mask=group < GROUP)
+    # A program takes every num_programs-th split: how many there are depends on the batch, what a split gives does not.
+    for split in range(first_split + tl.program_id(2), num_splits, tl.num_programs(2)):
+        # Whole tiles below the window are skipped, so every tile visited holds a visible position.
+        start = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split * SPLIT + SPLIT, length)
+        highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_GROUP], tl.float32)
+        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        for tile in range(start, end, BLOCK_N):
+            position = tile + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            visible = (position < end) & (position >= lowest)
+            block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
+            slot = (position % BLOCK_SIZE).to(tl.int64)
+            kv_mask = visible[:, None] & dim_mask[None, :]
+            key_rows = block * kc_stride_block + slot * kc_stride_slot
+            value_rows = block * vc_stride_block + slot * vc_stride_slot
+            key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+            value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+            if UPCAST_DOT:
+                key = key.to(tl.float32)
+                value = value.to(tl.float32)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_highest[:, None])
+            rescale = tl.exp2(highest - new_highest)
+            total = total * rescale + tl.sum(weights, axis=1)
+            acc = acc * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+            highest = new_highest
+        out = acc / total[:, None]
+        row = seq * num_heads + heads  # [BLOCK_GROUP]
+        if first_split + 1 == num_splits:
+            target = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            at = row * max_splits + split
+            tl.store(part_ptr + at[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
+            tl.store(lse_ptr + at, highest + tl.log2(total), mask=group < GROUP)
 
 
 @triton.jit
@@ -163,6 +170,8 @@ def _combine_kernel(
     first = 0  # splits before it lie wholly below the window and were never written
     if SLIDING_WINDOW > 0:
         first = tl.maximum(length - SLIDING_WINDOW, 0) // SPLIT
+    if first + 1 == tl.cdiv(length, SPLIT):
+        return  # the row's only split wrote the output itself
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_DIM], tl.float32)
@@ -196,19 +205,20 @@ def _launch_paged_attention(
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     context_lens = context_lens.contiguous()
     max_splits = -(-block_tables.shape[1] * block_size // SPLIT_TOKENS)
-    parts, lse = out, out
-    if max_splits > 1:
-        parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
-        lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
-    block_dim = next_power_of_2(head_dim)
+    parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
+    lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
+    block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
     exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
     small_tile = exact or block_dim > 128
-    _split_kernel[(num_seqs, num_kv_heads, max_splits)](
+    # Few rows: one program for each split, to use the whole GPU. Many: one for all splits of a row's head.
+    split_programs = min(max_splits, -(-PROGRAMS // (num_seqs * num_kv_heads)))
+    _split_kernel[(num_seqs, num_kv_heads, split_programs)](
         query,
         key_cache,
         value_cache,
         block_tables,
         context_lens,
+        out,
         parts,
         lse,
         num_heads,
@@ -234,7 +244,7 @@ def _launch_paged_attention(
         PRECISION="ieee" if exact else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=8 if exact and block_dim > 64 else 4,
-        num_stages=2 if small_tile else 3,
+        num_stages=2,
     )
     if max_splits > 1:
         _combine_kernel[(num_seqs, num_heads)](

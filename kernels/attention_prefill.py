@@ -200,7 +200,7 @@ def _launch_paged_prefill_attention(
         return out
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     group = num_heads // num_kv_heads
-    block_dim = next_power_of_2(head_dim)
+    block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
     exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
     small_tile = exact or block_dim > 128
     block_m = max(16 if exact and block_dim > 128 else 32 if small_tile else 128, next_power_of_2(group))

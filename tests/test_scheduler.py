@@ -34,6 +34,7 @@ class Engine:
             num_cpu_blocks=options["num_cpu_blocks"],
         )
         self.launched: deque[tuple[SchedulerOutputs, SampledTokens]] = deque()
+        self.num_launches = 0
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
         nan_at = fields.pop("nan_at", None)
@@ -46,6 +47,8 @@ class Engine:
         return request
 
     def launch(self) -> SchedulerOutputs:
+        self.num_launches += 1
+        assert self.num_launches < 1000, "it does not end"
         outputs = self.scheduler.schedule()
         if outputs:
             self.launched.append((outputs, self.device.run(outputs)))
@@ -60,11 +63,10 @@ class Engine:
             self.read_back()
         return outputs
 
-    def finish(self, limit: int = 500) -> list[SchedulerOutputs]:
+    def finish(self) -> list[SchedulerOutputs]:
         """Steps until nothing is left."""
         steps = []
         while self.scheduler.num_unfinished:
-            assert len(steps) < limit, "it does not end"
             steps.append(self.step())
         for name, request in self.requests.items():
             expected = self.expected[name]
@@ -261,6 +263,17 @@ def test_max_num_seqs_bounds_the_rows() -> None:
         engine.step()
         seen = max(seen, engine.scheduler.num_running + engine.scheduler.num_prefilling)
     assert seen == 2 and engine.scheduler.num_unfinished == 0
+
+
+def test_a_prompt_waits_while_the_rows_need_the_blocks() -> None:
+    """Let in on the last blocks, it would be thrown out by the next decode step."""
+    engine = Engine(max_model_len=8, block_size=1, num_gpu_blocks=9, enable_prefix_caching=False)
+    a = engine.add("a", [1, 2], 4)
+    engine.step()
+    b = engine.add("b", prompt_of(7, first=3), 1)
+    assert engine.step().kind is StepKind.DECODE, "7 blocks are free, but the row may need one"
+    engine.finish()
+    assert a.num_preemptions == b.num_preemptions == 0
 
 
 def test_a_hit_skips_what_is_in_the_cache() -> None:
@@ -592,7 +605,8 @@ def costs(swap: float, prefill: float) -> dict[str, Any]:
         ({"preemption": "recompute", **costs(0.001, 1000.0)}, "recompute"),
         ({"preemption": "auto"}, "swap"),
         ({"preemption": "auto", **costs(0.1, 5.0)}, "swap"),
-        ({"preemption": "auto", **costs(1.0, 5.0)}, "recompute"),
+        ({"preemption": "auto", **costs(0.45, 5.0)}, "swap"),  # 5 blocks out and in: 4.5 ms
+        ({"preemption": "auto", **costs(0.55, 5.0)}, "recompute"),  # 5.5 ms
         ({"preemption": "auto", "num_cpu_blocks": 0}, "recompute"),
         ({"preemption": "swap", "num_cpu_blocks": 0}, "recompute"),
         ({"preemption": "swap", "num_cpu_blocks": 4}, "recompute"),
@@ -652,6 +666,16 @@ def test_recompute_prefills_what_was_generated_and_goes_on() -> None:
     assert again[0].start == 0 and list(again[0].token_ids[:2]) == [3, 4]
     assert again[-1].is_last and again[-1].stop >= 2 + generated
     assert len(b.output_token_ids) == 6
+
+
+def test_what_it_finds_of_itself_after_a_preemption_is_no_cached_prompt() -> None:
+    """`num_cached_tokens` says what a request got for free, not what it got back."""
+    engine = tight(preemption="recompute")
+    b = engine.requests["b"]
+    steps = engine.finish()
+    again = [chunk for step in steps for chunk in step.chunks if chunk.request_id == "b"][1:]
+    assert again[0].start > 0, "its own blocks were still there"
+    assert b.num_cached_tokens == 0
 
 
 def test_a_half_computed_prompt_is_begun_again_not_swapped() -> None:

@@ -284,6 +284,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request.output_token_ids == tokens[: len(request.output_token_ids)]
             assert request.finish_reason is outside
         assert request.cumulative_logprob == -0.5 * len(request.output_token_ids)
+        assert 0 <= request.num_cached_tokens < request.num_prompt_tokens
         assert not self.manager.has(request.request_id)
 
     @invariant()
