@@ -24,7 +24,7 @@ from torch import Tensor
 from mini_infer.kernels.common import INTERPRET, check_attention, next_power_of_2, register_op
 
 SPLIT_TOKENS = 256
-PROGRAMS = 4096  # about as many as keep an H200's 132 multiprocessors evenly busy to the end
+PROGRAMS = 8192  # enough to keep all multiprocessors busy to the end, however ragged the lengths
 _CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
 
 

@@ -10,6 +10,7 @@ import pytest
 from mini_infer import step
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import (
+    CaptureRecord,
     ClearRow,
     ExtendRow,
     MoveRow,
@@ -63,6 +64,7 @@ def test_a_chunk_takes_no_row_unless_told() -> None:
         ExtendRow(0, 1, (2,)),
         ClearRow(0),
         SampledTokens([1], [0.0]),
+        CaptureRecord(StepKind.DECODE, 8, 0.01, 1 << 20),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -74,4 +76,13 @@ def test_frozen(value: object) -> None:
 
 def test_everything_in_the_module_is_tested_for_being_frozen() -> None:
     defined = {cls for cls in vars(step).values() if dataclasses.is_dataclass(cls) and cls.__module__ == step.__name__}
-    assert defined == {SchedulerOutputs, PrefillChunk, PlaceRow, MoveRow, ExtendRow, ClearRow, SampledTokens}
+    assert defined == {
+        SchedulerOutputs,
+        PrefillChunk,
+        PlaceRow,
+        MoveRow,
+        ExtendRow,
+        ClearRow,
+        SampledTokens,
+        CaptureRecord,
+    }

@@ -132,7 +132,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
     # Sequences
 
     @rule(tokens=TOKENS, reserve=st.sampled_from([0, 0, 1, 3]))
-    def allocate_sequence(self, tokens: list[int], reserve: int) -> None:
+    def come(self, tokens: list[int], reserve: int) -> None:
+        self.allocate_sequence(tokens, reserve)
+
+    def allocate_sequence(self, tokens: list[int], reserve: int) -> str | None:
         name = f"s{self.num_made}"
         self.num_made += 1
         before = self.snapshot()
@@ -142,7 +145,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert needed + reserve > self.num_free(), "refused, although there was room without any hit"
             assert not self.manager.has(name)
             self.check_unchanged(before)
-            return
+            return None
         table = self.manager.table(name)
         assert len(table) == needed
         assert cached % self.block_size == 0 and 0 <= cached <= len(tokens) - 1
@@ -157,15 +160,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.sequences[name] = ModelSequence(list(tokens), table)
         self.write(self.sequences[name], cached)
         assert self.num_free() >= reserve, "blocks were taken that had to stay free"
+        return name
 
     @rule(tokens=TOKENS, keep=st.booleans())
     def serve(self, tokens: list[int], keep: bool) -> None:
         """A prompt comes and is computed and recorded; it stays, or goes and leaves its prefix behind."""
-        self.allocate_sequence(tokens, reserve=0)
-        if self.sequences and list(self.sequences)[-1] == f"s{self.num_made - 1}":
-            self.record(list(self.sequences)[-1], len(tokens))
+        if self.num_blocks(len(tokens)) > self.num_free():  # make room, so that a run does not come to a halt
+            for name in list(self.sequences):
+                self.give_back(name)
+            self.free(len(self.loose), reverse=False)
+        name = self.allocate_sequence(tokens, reserve=0)
+        if name is not None:
+            self.record(name, len(tokens))
             if not keep:
-                self.give_back(list(self.sequences)[-1])
+                self.give_back(name)
 
     @rule(index=INDEX, more=st.lists(st.sampled_from([0, 1]), max_size=5))
     def grow(self, index: int, more: list[int]) -> None:

@@ -1,0 +1,76 @@
+"""Plans on disk: what was saved for a key comes back for that key alone, and a broken file is no plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mini_infer.exceptions import ConfigError
+from mini_infer.machine_plan import MachinePlan, PlanStore
+
+KEY = {"spec": "llama", "torch": "2.11", "max_num_seqs": "8"}
+PLAN = MachinePlan(1000, 2000, {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """A saved plan is loaded as it was, bucket numbers as numbers."""
+    store = PlanStore(tmp_path / "plans")
+    assert store.load(KEY) is None
+    path = store.save(KEY, PLAN)
+    assert path == store.path(KEY)
+    assert store.load(KEY) == PLAN
+
+
+@pytest.mark.parametrize("name", sorted(KEY))
+def test_any_other_key_has_none(tmp_path: Path, name: str) -> None:
+    """Whatever the measurements depend on: if it changed, they do not count."""
+    store = PlanStore(tmp_path)
+    store.save(KEY, PLAN)
+    assert store.load({**KEY, name: "other"}) is None
+    assert store.load({**KEY, "more": "x"}) is None
+
+
+def test_without_swap_space(tmp_path: Path) -> None:
+    """No swap cost stays no swap cost."""
+    store = PlanStore(tmp_path)
+    plan = MachinePlan(0, 0, {1: 1.0}, {1: 1.0}, None)
+    store.save(KEY, plan)
+    assert store.load(KEY) == plan
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', '{"key": 1, "plan": 2}'])
+def test_broken_file(tmp_path: Path, text: str) -> None:
+    """A file that cannot be read counts as none, and is replaced by the next save."""
+    store = PlanStore(tmp_path)
+    store.path(KEY).write_text(text)
+    assert store.load(KEY) is None
+    store.save(KEY, PLAN)
+    assert store.load(KEY) == PLAN
+
+
+@pytest.mark.parametrize("costs", [{}, {"1": 0.0}, {"1": -1.0}, {"a": 1.0}])
+def test_costs_that_cannot_be(tmp_path: Path, costs: dict[str, float]) -> None:
+    """Costs that no step can have make the plan unusable, not the scheduler."""
+    store = PlanStore(tmp_path)
+    store.save(KEY, PLAN)
+    value = json.loads(store.path(KEY).read_text())
+    value["plan"]["decode_ms"] = costs
+    store.path(KEY).write_text(json.dumps(value))
+    assert store.load(KEY) is None
+
+
+def test_nothing_but_plans_in_the_folder(tmp_path: Path) -> None:
+    """Saving leaves no temporary file behind."""
+    store = PlanStore(tmp_path)
+    store.save(KEY, PLAN)
+    store.save(KEY, PLAN)
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(KEY).name]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """The error says what to set."""
+    (tmp_path / "plans").write_text("a file")
+    with pytest.raises(ConfigError, match="MINI_INFER_HOME"):
+        PlanStore(tmp_path / "plans").save(KEY, PLAN)
