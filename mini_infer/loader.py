@@ -83,7 +83,11 @@ def read_model_files(folder: Path) -> ModelFiles:
     check_architecture(raw.get("architectures"))  # before the library, whose complaint would be about its own names
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library's own checks raise many kinds
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"the Transformers library refuses {folder / 'config.json'}: {reason}") from error
     generation = folder / "generation_config.json"
     eos = _as_ids(raw.get("eos_token_id"))
     if generation.is_file():
@@ -237,7 +241,10 @@ class _Checkpoint:
     def _paths(self) -> Iterator[Path]:
         index = self._folder / INDEX_NAME
         if index.is_file():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelNotFoundError(f"{index} has no 'weight_map': it names no files")
+            names = sorted(set(weight_map.values()))
             missing = [name for name in names if not (self._folder / name).is_file()]
             if missing:
                 raise ModelNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
@@ -255,7 +262,7 @@ class _Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text at all
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelNotFoundError(f"{path} holds no JSON object")

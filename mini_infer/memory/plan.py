@@ -115,10 +115,13 @@ def plan_memory(
     if chosen is None:
         chosen = fitting if most_blocks is None else min(fitting, most_blocks)
     if chosen < needed:
+        ways = "raise gpu_memory_utilization, free memory that other processes hold, or take a smaller model or dtype"
+        if num_gpu_blocks is not None:
+            ways = "raise num_gpu_blocks, or leave it out"
         raise OutOfMemoryError(
             f"the KV cache on {device} cannot hold one sequence of max_model_len={max_model_len} tokens, which takes "
             f"{needed} blocks; there are {chosen}: {parts}. Lower max_model_len (at most {chosen * block_size} fits), "
-            "raise gpu_memory_utilization, free memory that other processes hold, or take a smaller model or dtype"
+            f"{ways}"
         )
     return MemoryPlan(
         device=device,
