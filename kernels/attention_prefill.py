@@ -232,7 +232,7 @@ def _launch_paged_prefill_attention(
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_DIM=block_dim,
-        BLOCK_N=16 if exact and block_dim > 128 else 32 if small_tile else 64,
+        BLOCK_N=16 if exact and block_dim > 128 else 32,
         PRECISION="ieee" if exact else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=4 if small_tile and not (exact and block_dim > 64) else 8,

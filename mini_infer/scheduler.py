@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mini_infer.buckets import BucketTable, PaddingCounter, decode_bucket_sizes, prefill_bucket_sizes
+from mini_infer.config import PREEMPTION_MODES
 from mini_infer.exceptions import ConfigError, InvalidRequestError, OutOfMemoryError
 from mini_infer.memory.block_manager import BlockManager
 from mini_infer.request import FinishReason, Request, RequestStatus
@@ -47,7 +48,8 @@ class Scheduler:
         enable_prefix_caching: Share full blocks between prompts that begin alike.
 
     Raises:
-        ConfigError: a count out of bounds, or buckets that do not cover ``max_num_seqs``.
+        ConfigError: a count or a share out of bounds, an unknown preemption mode, or buckets that do not cover
+            ``max_num_seqs``.
         OutOfMemoryError: the blocks cannot hold one sequence of ``max_model_len``.
     """
 
@@ -75,6 +77,10 @@ class Scheduler:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0 < prefill_share <= 1:
+            raise ConfigError(f"prefill_share must be in (0, 1], got {prefill_share}")
+        if preemption not in PREEMPTION_MODES:
+            raise ConfigError(f"preemption must be one of {', '.join(PREEMPTION_MODES)}, got {preemption!r}")
         blocks_per_seq = -(-max_model_len // block_size)
         if num_gpu_blocks is None:
             num_gpu_blocks = max_num_seqs * blocks_per_seq

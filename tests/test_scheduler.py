@@ -199,6 +199,21 @@ def test_counts_below_one_are_refused(name: str) -> None:
         Scheduler(**{"max_num_seqs": 4, "max_model_len": 32, "block_size": 4, name: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prefill_share", 0, r"prefill_share must be in \(0, 1\], got 0"),
+        ("prefill_share", 1.1, r"prefill_share must be in \(0, 1\], got 1.1"),
+        ("prefill_share", NAN, r"prefill_share must be in \(0, 1\], got nan"),
+        ("preemption", "Swap", "preemption must be one of auto, swap, recompute, got 'Swap'"),
+        ("num_cpu_blocks", -1, "num_cpu_blocks must be at least 0, got -1"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Scheduler(4, 32, 4, **{name: value})
+
+
 def test_buckets_must_reach_the_largest_batch() -> None:
     with pytest.raises(ConfigError, match="decode buckets end at 8 but max_num_seqs is 9"):
         Scheduler(9, 32, 4, decode_buckets=BucketTable([4], 8))

@@ -55,7 +55,7 @@ def test_a_large_pool_takes_no_memory_before_it_is_written() -> None:
 
     before = resident()
     kv = make_cache(400_000, torch.device("cpu"))
-    assert kv.blocks.numel() * 4 > 600 * 2**20
+    assert kv.blocks.numel() * 4 > 500 * 2**20
     kv.blocks[:, :, 12_345] = 1.0
     assert resident() - before < 50 * 2**20
 
