@@ -35,7 +35,7 @@ class StartupRow:
     """One start.
 
     Attributes:
-        caches: "cold" (empty compile caches) or "warm" (the second start).
+        caches: "cold" (nothing compiled, nothing measured) or "warm" (the second start).
         wall_s: Seconds from the start of the process to the first token.
         phases: Seconds by phase; they add up to ``wall_s``.
     """
@@ -64,6 +64,7 @@ def _start(options: dict[str, Any], name: str, caches: str) -> StartupRow:
         "TRITON_CACHE_DIR": f"{caches}/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
         "CUDA_CACHE_PATH": f"{caches}/cuda",
+        "MINI_INFER_HOME": f"{caches}/mini_infer",
         "MINI_INFER_BENCH_BEGUN": repr(time.time()),
     }
     result = subprocess.run(
