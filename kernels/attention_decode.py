@@ -16,6 +16,8 @@ grid depends on shapes only, lengths are read from device memory.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -333,8 +335,11 @@ def _attend_rows(
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
     weights = torch.softmax(scores, -1).view(rows, kv_heads, group, blocks, block_size)
     weights = weights.permute(0, 3, 1, 2, 4).reshape(rows * blocks, kv_heads, group, block_size)
-    out = torch.matmul(weights, value).view(rows, blocks, heads, head_dim)
-    return out.sum(1).to(query.dtype)
+    out = torch.matmul(weights, value).view(rows, blocks, heads, head_dim).sum(1)
+    if not math.isfinite(float(out.sum())):  # a block's last owner may have left a NaN past the length: 0 * NaN
+        value = value.masked_fill(hidden.view(rows * blocks, 1, block_size, 1), 0.0)
+        out = torch.matmul(weights, value).view(rows, blocks, heads, head_dim).sum(1)
+    return out.to(query.dtype)
 
 
 def _paged_attention_fake(

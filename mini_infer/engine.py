@@ -105,6 +105,8 @@ class LLMEngine:
         default = SamplingParams(max_tokens=GENERATE_MAX_TOKENS)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or default] * len(batch)
+        if not isinstance(sampling_params, Sequence):
+            raise InvalidRequestError(f"sampling_params must be a SamplingParams or a list, got {sampling_params!r}")
         if len(sampling_params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts, but {len(sampling_params)} sampling_params")
         requests = [
@@ -342,13 +344,13 @@ class LLMEngine:
             self._tokens["prompt"] += outputs.num_tokens
         try:
             parts.runner.prepare(outputs)
-        except Exception as error:
+        except BaseException as error:
             logger.error("step %d could not be prepared (%s)", outputs.step, outputs.reason, exc_info=error)
-            return parts.scheduler.fail_all(f"{type(error).__name__}: {error}")
+            return self._failed(parts.scheduler.fail_all(_describe(error)), error)
         try:
             handle = parts.runner.execute(outputs)
-        except Exception as error:
-            return self._fail(parts, outputs, error)
+        except BaseException as error:
+            return self._failed(self._fail(parts, outputs, error), error)
         self._in_flight.append((outputs, handle))
         return []
 
@@ -359,6 +361,9 @@ class LLMEngine:
             sampled = handle.result()
         except Exception as error:
             return self._fail(parts, outputs, error)
+        except BaseException:  # an interrupt: the tokens are still there to be read
+            self._in_flight.appendleft((outputs, handle))
+            raise
         ended = []
         for request in parts.scheduler.update(outputs, sampled):
             stopped = self._processor.advance(request)
@@ -368,10 +373,18 @@ class LLMEngine:
                 ended.append(request)
         return ended
 
-    def _fail(self, parts: EngineParts, outputs: SchedulerOutputs, error: Exception) -> list[Request]:
+    def _fail(self, parts: EngineParts, outputs: SchedulerOutputs, error: BaseException) -> list[Request]:
         """A step could not be run: its requests end with an error, the others go on."""
         logger.error("step %d failed (%s)", outputs.step, outputs.reason, exc_info=error)
-        return parts.scheduler.fail(outputs, f"{type(error).__name__}: {error}")
+        return parts.scheduler.fail(outputs, _describe(error))
+
+    def _failed(self, ended: list[Request], error: BaseException) -> list[Request]:
+        """Requests that ended with a step that failed. An interrupt is the caller's: it goes on to them from here."""
+        if isinstance(error, Exception):
+            return ended
+        for request in ended:
+            self._end(request)
+        raise error
 
     def _end(self, request: Request) -> GenerateOutput:
         output = self._processor.end(request)
@@ -393,7 +406,10 @@ class LLMEngine:
                     text, num_tokens = text + increment.text, num_tokens + len(increment.token_ids)
                     if increment.token_ids:
                         yield increment
-            output = self._outputs.pop(request_id)
+            self._open()
+            output = self._outputs.pop(request_id, None)
+            if output is None:
+                return  # aborted, or fetched by its id: whoever did that has it
             yield StreamIncrement(request_id, output.text[len(text) :], output.token_ids[num_tokens:], output)
         finally:
             self._forget(request_id)
@@ -407,6 +423,10 @@ class LLMEngine:
         if self._parts is None:
             raise EngineClosedError("the engine was shut down; make a new LLMEngine")
         return self._parts
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _override(params: SamplingParams, arguments: dict[str, Any]) -> SamplingParams:

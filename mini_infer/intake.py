@@ -75,18 +75,24 @@ class RequestIntake:
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(require_tokenizer(self._tokenizer).encode(prompt))
+            encoded = tuple(require_tokenizer(self._tokenizer).encode(prompt))
+            self._check_vocabulary(encoded)  # a tokenizer may know more tokens than the model
+            return encoded
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
         token_ids = cast(Sequence[int], prompt)
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")
+        self._check_vocabulary(token_ids)
+        return tuple(token_ids)
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token ids must be between 0 and {self._vocab_size - 1} (the vocabulary), got {token_id}"
                 )
-        return tuple(token_ids)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -50,6 +50,11 @@ class RowTable:
         request.row = NO_ROW
         self._ids = None
 
+    def clear(self, num_rows: int) -> None:
+        """Make all of ``num_rows`` rows padded ones, whatever the device holds. No request may be left in one."""
+        assert not self._rows
+        self._edits = [ClearRow(row) for row in range(num_rows)]
+
     def extend(self, request: Request, start: int, block_ids: Sequence[int]) -> None:
         """A request's block table goes on with ``block_ids``, from index ``start``."""
         self._edits.append(ExtendRow(request.row, start, tuple(block_ids)))

@@ -158,10 +158,15 @@ class Scheduler:
         return [request for request in failed if request is not None]
 
     def fail_all(self, error: str) -> list[Request]:
-        """End every request that has blocks on the device, whose state there is lost; the queue goes on."""
-        lost = [r for r in self._requests.values() if r.status not in (RequestStatus.WAITING, RequestStatus.SWAPPED)]
+        """End every request that has blocks, since copies or row edits were lost; those without go on.
+
+        Swapped ones are among them: the copy that was lost may have been theirs. All rows are cleared again, as a
+        lost edit may have left one that decodes into blocks it has no more.
+        """
+        lost = [r for r in self._requests.values() if r.status is not RequestStatus.WAITING]
         for request in lost:
             self._finish(request, FinishReason.ERROR, error)
+        self._rows.clear(self.max_num_seqs)
         return lost
 
     @property
@@ -239,8 +244,10 @@ class Scheduler:
             if request is None:
                 continue
             request.num_chunks_in_flight -= not chunk.is_last
-            # A request that lost its blocks while the chunk was in flight has nothing to record.
-            if request.status not in (RequestStatus.WAITING, RequestStatus.SWAPPED):
+            # A request that lost its blocks while the chunk was in flight has nothing to record; and where there is
+            # a NaN, nothing is worth it (each token of the chunk may have one, through 0 * NaN in the attention).
+            lost = request.status in (RequestStatus.WAITING, RequestStatus.SWAPPED)
+            if not lost and not math.isnan(logprob):
                 self.block_manager.cache_prefix(chunk.request_id, request.token_slice, chunk.stop)
             if chunk.is_last:
                 self._append_token(request, token_id, logprob)

@@ -13,7 +13,7 @@ from mini_infer.buckets import BucketTable
 from mini_infer.builder import GPU_PREFILL_TOKENS, RunnerBuilder, Shape
 from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
-from mini_infer.exceptions import ConfigError, ModelNotFoundError
+from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
 from mini_infer.machine_plan import MachinePlan, PlanStore
@@ -65,6 +65,17 @@ def assemble(config: EngineConfig) -> EngineParts:
         ConfigError: options that do not fit the model or the machine.
         OutOfMemoryError: weights and one sequence of ``max_model_len`` do not fit.
     """
+    try:
+        return _assemble(config)
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise OutOfMemoryError(
+            f"the GPU's memory was used up while the engine started: {reason} Take a smaller model or dtype, lower "
+            "gpu_memory_utilization, max_prefill_tokens or max_num_seqs, or free memory that other processes hold"
+        ) from error
+
+
+def _assemble(config: EngineConfig) -> EngineParts:
     clock = PhaseClock()
     device = choose_device(config.device)
     folder = find_model(config.model, weights=config.load_format != "dummy")
@@ -171,11 +182,14 @@ def choose_max_model_len(asked: int | None, spec: ModelSpec) -> int:
 
 def _load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
     """The tokenizer; None for dummy weights of a bare shape, which then take token ids only."""
-    where = folder if config.tokenizer is None else find_model(config.tokenizer, weights=False)
+    where = folder
+    if config.tokenizer is not None:
+        named = Path(config.tokenizer).expanduser()
+        where = named if named.is_dir() else find_model(config.tokenizer, weights=False)  # no config.json is needed
     try:
         return Tokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
     except ModelNotFoundError:
-        if config.load_format != "dummy":
+        if config.load_format != "dummy" or config.tokenizer is not None:
             raise
         return None
 

@@ -79,7 +79,12 @@ class Tokenizer:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model puts around one (such as BOS)."""
+        """Token ids of a text, with the special tokens that the model puts around one (such as BOS).
+
+        Raises:
+            InvalidRequestError: the text has half a surrogate pair, which is no character.
+        """
+        _check_text(text)
         token_ids: list[int] = self._tokenizer.encode(text)
         return token_ids
 
@@ -145,3 +150,11 @@ def _check_messages(messages: object) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InvalidRequestError(f"a message must be {{'role': text, 'content': text}}, got {message!r}")
+        _check_text(message["content"])
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the text cannot be encoded: {error}") from error

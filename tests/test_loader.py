@@ -256,9 +256,7 @@ def test_missing_tensor(folder: Path, name: str) -> None:
 
 def test_wrong_shape(folder: Path) -> None:
     """Both shapes are in the message. A transposed matrix must not pass as its fused neighbour."""
-    change_tensors(
-        folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 96)})
-    )
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 96)}))
     with pytest.raises(UnsupportedModelError, match=r"up_proj.*\(64, 96\).*\(96, 64\)"):
         load(folder)
 

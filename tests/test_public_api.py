@@ -497,7 +497,7 @@ def test_readme_commands() -> None:
     for path in READMES:
         blocks = "\n".join(code_blocks(path.read_text(encoding="utf-8"), "bash"))
         commands = re.findall(r"^mini-infer (.*?)(?:  +#.*)?$", blocks, re.MULTILINE)
-        assert {command.split()[0] for command in commands} == {"generate", "chat", "info", "download-demo"}
+        assert {command.split()[0] for command in commands} == {"generate", "chat", "info", "bench", "download-demo"}
         for command in commands:
             _parser().parse_args(shlex.split(command))
         made = re.findall(r"^make ([\w-]+)", blocks, re.MULTILINE)

@@ -93,10 +93,7 @@ def decode_rows(bucket: int = NUM_SEQS, order: tuple[int, ...] = tuple(range(NUM
     """Sequence ``order[i]`` in row i, padding up to ``bucket``."""
     state = DecodeState(MAX_ROWS, MAX_BLOCKS, CPU)
     state.apply(
-        [
-            PlaceRow(row, 10 + seq, LENGTHS[seq], TABLES[seq], SAMPLING[seq], 100 + seq)
-            for row, seq in enumerate(order)
-        ]
+        [PlaceRow(row, 10 + seq, LENGTHS[seq], TABLES[seq], SAMPLING[seq], 100 + seq) for row, seq in enumerate(order)]
     )
     return state.rows(bucket)
 
@@ -109,9 +106,7 @@ def prefill_inputs(bucket: int) -> PrefillInputs:
         tokens = tuple(draw.randrange(3, 320) for _ in range(start, stop))
         return PrefillChunk(str(seq), start, tokens, TABLES[seq], SAMPLING[seq], 7 + seq, is_last=True, row=seq)
 
-    buffer = PrefillBuffer(
-        bucket, 4, block_size=BLOCK_SIZE, max_blocks=MAX_BLOCKS, spare_row=MAX_ROWS, device=CPU
-    )
+    buffer = PrefillBuffer(bucket, 4, block_size=BLOCK_SIZE, max_blocks=MAX_BLOCKS, spare_row=MAX_ROWS, device=CPU)
     buffer.fill([chunk(2, 0, 7), chunk(3, 6, 17), chunk(4, 21, 23)])
     return buffer.inputs
 

@@ -1,0 +1,322 @@
+"""From a configuration to an engine: device, type, length, memory, and what is said about each."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mini_infer import EngineConfig, LLMEngine
+from mini_infer import startup as startup_module
+from mini_infer.exceptions import ConfigError, MiniInferError, ModelNotFoundError, OutOfMemoryError
+from mini_infer.graphs.spec import ModelSpec
+from mini_infer.loader import read_model_files
+from mini_infer.startup import (
+    assemble,
+    choose_device,
+    choose_dtype,
+    choose_max_model_len,
+    estimate_plan,
+    free_cpu_memory,
+)
+from tests.tiny_models import MAX_POSITIONS, make_tiny_model
+from tests.tiny_tokenizers import save_tiny_tokenizer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_tokenizer(path)
+    make_tiny_model("llama3-gqa", path, num_hidden_layers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> ModelSpec:
+    return read_model_files(folder).spec
+
+
+def config_of(folder: Path, **options: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_model_len": 64,
+        "num_cpu_blocks": 0,
+        "measure_costs": False,
+        "progress": False,
+    }
+    return EngineConfig(model=str(folder), **{**defaults, **options})
+
+
+# Device
+
+
+@NO_GPU
+def test_cuda_without_a_gpu(folder: Path) -> None:
+    """Refused before anything is loaded, with the ways out."""
+    with pytest.raises(ConfigError, match="device='cuda' but PyTorch sees no GPU; use device='cpu'"):
+        choose_device("cuda")
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        LLMEngine(config_of(Path("/no/such/model"), device="cuda"))
+
+
+@NO_GPU
+def test_auto_is_the_cpu_without_a_gpu() -> None:
+    assert choose_device("auto") == CPU
+
+
+def test_auto_is_the_gpu_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one, by its number, so that it does not change under way."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 3)
+    assert choose_device("cpu") == CPU
+
+
+# Type
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_cpu_says_that_it_takes_float32(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert choose_dtype(name, CPU, "bfloat16") is torch.float32
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert name in caplog.text
+    assert "float32" in caplog.text
+
+
+def test_no_word_where_there_is_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    """What was asked for is what is used: silence."""
+    with caplog.at_level(logging.DEBUG):
+        assert choose_dtype("float32", CPU, "bfloat16") is torch.float32
+        assert choose_dtype("bfloat16", GPU, "bfloat16") is torch.bfloat16
+        assert choose_dtype("bfloat16", GPU, "float16") is torch.bfloat16
+        assert choose_dtype("float16", GPU, "float16") is torch.float16
+        assert choose_dtype("float16", GPU, None) is torch.float16
+        assert choose_dtype("float32", GPU, "bfloat16") is torch.float32
+    assert not caplog.records
+
+
+def test_float16_for_a_bfloat16_model(caplog: pytest.LogCaptureFixture) -> None:
+    """The contract's default meets most of today's models: it is used as asked, and the risk is named."""
+    with caplog.at_level(logging.WARNING):
+        assert choose_dtype("float16", GPU, "bfloat16") is torch.float16
+    assert "trained in bfloat16" in caplog.text
+    assert "overflow" in caplog.text
+
+
+def test_the_engine_logs_its_type(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the contract's default dtype on a CPU, the user reads what is used instead; the KV cache is float32."""
+    with caplog.at_level(logging.WARNING):
+        parts = assemble(EngineConfig(model=str(folder), device="cpu", max_model_len=64, measure_costs=False))
+    assert "computes in float32 instead" in caplog.text
+    assert parts.shape.dtype is torch.float32
+    assert parts.runner._kv.blocks.dtype is torch.float32
+
+
+# Length
+
+
+def test_max_model_len_bounds(spec: ModelSpec, folder: Path) -> None:
+    """From a prompt token and a generated one to what the model was made for."""
+    assert choose_max_model_len(None, spec) == MAX_POSITIONS
+    assert choose_max_model_len(2, spec) == 2
+    assert choose_max_model_len(MAX_POSITIONS, spec) == MAX_POSITIONS
+    for value in (1, MAX_POSITIONS + 1):
+        with pytest.raises(ConfigError, match=f"between 2 and the model's {MAX_POSITIONS}, got {value}"):
+            LLMEngine(config_of(folder, max_model_len=value))
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_the_shortest_sequence(folder: Path, block_size: int) -> None:
+    """max_model_len=2: one token in, one out, whatever the block size."""
+    with LLMEngine(config_of(folder, max_model_len=2, block_size=block_size)) as engine:
+        output = engine.generate([[5]], max_tokens=9)[0]
+    assert len(output.token_ids) == 1
+    assert output.finish_reason in ("length", "stop")
+
+
+# Memory
+
+
+def test_the_pool_must_hold_one_sequence(folder: Path) -> None:
+    """512 tokens take 32 blocks: 31 are refused with the number, the need and the ways out; 32 will do."""
+    with pytest.raises(OutOfMemoryError) as raised:
+        LLMEngine(config_of(folder, max_model_len=512, num_gpu_blocks=31))
+    message = str(raised.value)
+    for part in ("max_model_len=512", "takes 32 blocks", "there are 31", "at most 496 fits", "raise num_gpu_blocks"):
+        assert part in message
+    assert assemble(config_of(folder, max_model_len=512, num_gpu_blocks=32)).plan.num_gpu_blocks == 32
+
+
+def test_too_little_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without memory: the message names what can be changed, and its bound on the length works."""
+    monkeypatch.setattr(startup_module, "free_cpu_memory", lambda: 200_000)
+    with pytest.raises(OutOfMemoryError, match="max_model_len.*gpu_memory_utilization") as raised:
+        LLMEngine(config_of(folder, max_model_len=512))
+    bound = re.search(r"at most (\d+) fits", str(raised.value))
+    assert bound is not None
+    assert assemble(config_of(folder, max_model_len=int(bound[1]))).shape.max_model_len == int(bound[1])
+
+
+def test_more_blocks_than_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of blocks that the user asked for is honoured or refused, never cut."""
+    monkeypatch.setattr(startup_module, "free_cpu_memory", lambda: 10_000_000)
+    assert assemble(config_of(folder, num_gpu_blocks=1000)).plan.num_gpu_blocks == 1000
+    with pytest.raises(OutOfMemoryError, match="num_gpu_blocks=5000 does not fit on the CPU"):
+        LLMEngine(config_of(folder, num_gpu_blocks=5000))
+
+
+@pytest.mark.parametrize("phase", ["load_params", "RunnerBuilder.build"])
+def test_a_gpu_that_is_full_under_way(folder: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """PyTorch's own error while weights or KV cache are allocated becomes the documented one."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(f"mini_infer.startup.{phase}", fail)
+    with pytest.raises(OutOfMemoryError, match=r"20\.00 GiB") as raised:
+        LLMEngine(config_of(folder))
+    assert "gpu_memory_utilization" in str(raised.value)
+
+
+def test_default_pool_on_a_cpu(folder: Path) -> None:
+    """No more than all sequences at full length could fill."""
+    assert assemble(config_of(folder, max_num_seqs=3, max_model_len=64, block_size=16)).plan.num_gpu_blocks == 12
+
+
+def test_swap_space(folder: Path, spec: ModelSpec) -> None:
+    """By size in GiB, or in blocks, which win; 0 is none."""
+    block_bytes = 2 * spec.num_layers * spec.kv_size * 4 * 16
+    options: dict[str, Any] = {"num_cpu_blocks": None, "swap_space_gib": 0.001}
+    expected = int(0.001 * 2**30) // block_bytes
+    assert expected > 0
+    assert assemble(config_of(folder, **options)).plan.num_cpu_blocks == expected
+    assert assemble(config_of(folder, **{**options, "num_cpu_blocks": 7})).plan.num_cpu_blocks == 7
+    assert assemble(config_of(folder, **{**options, "swap_space_gib": 0})).plan.num_cpu_blocks == 0
+
+
+def test_free_memory_is_plausible() -> None:
+    """Bytes, not kilobytes or pages."""
+    assert 2**27 < free_cpu_memory() < 2**46
+
+
+def test_estimated_plan_is_the_plan(folder: Path) -> None:
+    """`mini-infer info` shows, without loading anything, what the engine then does."""
+    config = config_of(folder, num_gpu_blocks=40)
+    spec, plan = estimate_plan(config)
+    real = assemble(config).plan
+    assert spec == read_model_files(folder).spec
+    assert (plan.num_gpu_blocks, plan.kv_cache) == (real.num_gpu_blocks, real.kv_cache)
+
+
+# Tokenizer and model
+
+
+def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """The model's folder needs none when another is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "model")
+    with pytest.raises(ModelNotFoundError, match=r"no tokenizer.*name another in `tokenizer`"):
+        LLMEngine(config_of(tmp_path / "model"))
+    save_tiny_tokenizer(tmp_path / "tokenizer")  # and nothing else
+    with LLMEngine(config_of(tmp_path / "model", tokenizer=str(tmp_path / "tokenizer"))) as engine:
+        assert engine.generate("hello", max_tokens=2)[0].prompt_token_ids
+
+
+def test_a_tokenizer_that_was_named_is_never_done_without(folder: Path, tmp_path: Path) -> None:
+    """Dummy weights need no tokenizer, but one that the user named and that is not there is an error."""
+    for tokenizer in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ModelNotFoundError, match=str(tokenizer)):
+            LLMEngine(config_of(folder, load_format="dummy", tokenizer=str(tokenizer)))
+
+
+def test_dummy_weights_of_a_bare_shape(folder: Path, tmp_path: Path) -> None:
+    """A config.json is enough; the engine then takes token ids, and seeds decide the weights."""
+    shutil.copy(folder / "config.json", tmp_path)
+    outputs = []
+    for seed in (0, 0, 1):
+        with LLMEngine(config_of(tmp_path, load_format="dummy", seed=seed)) as engine:
+            assert engine.tokenizer is None
+            assert not engine.has_chat_template
+            output = engine.generate([[5, 6, 7]], max_tokens=20, temperature=0.0)[0]
+            assert output.text == ""
+            outputs.append((output.token_ids, round(output.cumulative_logprob, 4)))
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+# The report
+
+
+def test_report(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every phase in order, adding up to the total; logged together with the memory plan."""
+    with caplog.at_level(logging.INFO):
+        parts = assemble(config_of(folder, measure_costs=True))
+    assert list(parts.report.phases) == [
+        "config", "tokenizer", "weights", "memory", "kv cache", "capture", "costs", "scheduler",
+    ]  # fmt: skip
+    assert sum(parts.report.phases.values()) == pytest.approx(parts.report.total)
+    assert parts.report.describe() in caplog.text
+    assert parts.plan.describe() in caplog.text
+    assert parts.graphs == ()
+    assert not parts.plan_loaded
+
+
+def test_costs_are_measured_or_assumed(folder: Path) -> None:
+    """Measured: a positive time for each bucket. Not measured: proportional, and said so."""
+    parts = assemble(config_of(folder, measure_costs=True))
+    for table in (parts.scheduler.decode_buckets, parts.scheduler.prefill_buckets):
+        assert table.measured
+        assert min(table.costs.values()) > 0
+    parts = assemble(config_of(folder))
+    assert not parts.scheduler.decode_buckets.measured
+    assert parts.scheduler.decode_buckets.costs == pytest.approx({1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
+
+
+def test_measuring_leaves_no_trace(folder: Path) -> None:
+    """Measured steps run on padding: tokens afterwards are those of an engine that measured nothing."""
+    outputs = []
+    for measure in (False, True):
+        with LLMEngine(config_of(folder, measure_costs=measure, num_cpu_blocks=4)) as engine:
+            outputs.append(engine.generate([[9, 8, 7], [3]], max_tokens=30, temperature=0.0))
+            assert engine.stats().costs_measured is measure
+            assert engine.stats().decode_steps <= 30
+    assert [o.token_ids for o in outputs[0]] == [o.token_ids for o in outputs[1]]
+
+
+@pytest.mark.parametrize("sizes", [None, [1], [2, 4], [100]])
+def test_buckets_are_total(folder: Path, sizes: list[int] | None) -> None:
+    """Whatever sizes the user names, every batch up to max_num_seqs and every chunk has a bucket."""
+    parts = assemble(
+        config_of(folder, max_num_seqs=5, decode_buckets=sizes, prefill_buckets=sizes, max_prefill_tokens=24)
+    )
+    for size in range(1, 6):
+        assert parts.scheduler.decode_buckets.bucket(size) >= size
+    for size in range(1, 25):
+        assert parts.scheduler.prefill_buckets.bucket(size) >= size
+    assert (parts.scheduler.decode_buckets.largest, parts.scheduler.prefill_buckets.largest) == (5, 24)
+
+
+def test_every_error_at_the_start_is_ours(folder: Path, tmp_path: Path) -> None:
+    """One except clause catches whatever is wrong with a model or an option."""
+    (tmp_path / "config.json").write_text("{}")
+    for options in (
+        {"model": str(tmp_path)},
+        {"model": str(tmp_path / "nothing")},
+        {"model": str(folder), "max_model_len": 100_000},
+        {"model": str(folder), "num_gpu_blocks": 1},
+    ):
+        with pytest.raises(MiniInferError):
+            LLMEngine(EngineConfig(device="cpu", **options))
