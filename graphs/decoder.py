@@ -17,11 +17,10 @@ from mini_infer.graphs.params import LayerParams, Params
 from mini_infer.graphs.prefill_inputs import PrefillInputs
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeRows, SamplingRows
-from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.attention_decode import paged_attention
 from mini_infer.kernels.attention_prefill import paged_prefill_attention
 from mini_infer.kernels.kv_store import store_kv
-from mini_infer.kernels.linear import linear
+from mini_infer.kernels.linear import linear, linear_silu_mul
 from mini_infer.kernels.norm import add_rmsnorm, rmsnorm
 from mini_infer.kernels.rotary import apply_rotary_emb
 from mini_infer.kernels.sampling import sample
@@ -111,7 +110,7 @@ def _layers(
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
         hidden = linear(attended.flatten(1), layer.o)
         hidden, residual = add_rmsnorm(hidden, residual, layer.post_norm, spec.rms_norm_eps)
-        hidden = linear(silu_and_mul(linear(hidden, layer.gate_up)), layer.down)
+        hidden = linear(linear_silu_mul(hidden, layer.gate_up), layer.down)
         last = index + 1 == spec.num_layers
         next_norm = params.norm if last else params.layers[index + 1].input_norm
         hidden, residual = add_rmsnorm(hidden, residual, next_norm, spec.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from mini_infer.buckets import BucketTable, decode_bucket_sizes, prefill_bucket_
 from mini_infer.config import EngineConfig
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
+from mini_infer.kernels.linear_plan import LinearPlan
 from mini_infer.machine_plan import PlanKey
 from mini_infer.runner import ModelRunner
 from mini_infer.step import CaptureRecord, StepKind
@@ -67,10 +69,12 @@ class Shape:
     def plan_key(self) -> PlanKey:
         """Everything that measurements on this machine depend on."""
         config = self.config
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
             "spec": repr(self.spec),
             "dtype": str(self.dtype),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": gpu,
+            "linear_plan": hashlib.sha256(LinearPlan.for_gpu(gpu).to_json().encode()).hexdigest(),
             "cuda": str(torch.version.cuda),
             "torch": torch.__version__,
             "mini_infer": mini_infer.__version__,

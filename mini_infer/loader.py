@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from mini_infer.exceptions import ModelNotFoundError, UnsupportedModelError
 from mini_infer.graphs.params import LayerParams, Params, rope_tables
 from mini_infer.graphs.spec import ModelSpec, check_architecture
-from mini_infer.kernels.linear import LinearWeight, pack_linear
+from mini_infer.kernels.linear import LinearWeight, pack_linear, with_tiles
+from mini_infer.kernels.linear_plan import LinearPlan
 
 INDEX_NAME = "model.safetensors.index.json"
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
@@ -122,13 +123,13 @@ def load_params(
     bar = tqdm(total=spec.num_layers + 2, desc="weights", unit="layer", disable=None if progress else True)
     with bar:
         if dummy_seed is not None:
-            return _assemble(spec, _dummy_tensors(dummy_seed, dtype, device), device, max_positions, bar)
+            return _planned(_assemble(spec, _dummy_tensors(dummy_seed, dtype, device), device, max_positions, bar))
         with _Checkpoint(files.folder) as checkpoint:
 
             def get(name: str, shape: tuple[int, ...]) -> Tensor:
                 return checkpoint.get(name, shape).to(device=device, dtype=dtype)
 
-            return _assemble(spec, get, device, max_positions, bar)
+            return _planned(_assemble(spec, get, device, max_positions, bar))
 
 
 def _assemble(spec: ModelSpec, get: GetTensor, device: torch.device, max_positions: int, bar: tqdm[Any]) -> Params:
@@ -153,6 +154,26 @@ def _assemble(spec: ModelSpec, get: GetTensor, device: torch.device, max_positio
     )
     bar.update()
     return params
+
+
+def _planned(params: Params) -> Params:
+    """Attach the kernels that were measured for each product on this GPU; without measurements cuBLAS does them all."""
+    if not params.embedding.is_cuda:
+        return params
+    plan = LinearPlan.for_gpu(torch.cuda.get_device_name(params.embedding.device))
+    if not plan.measured:
+        return params
+    layers = tuple(
+        replace(
+            layer,
+            qkv=with_tiles(layer.qkv, plan),
+            o=with_tiles(layer.o, plan),
+            gate_up=with_tiles(layer.gate_up, plan),
+            down=with_tiles(layer.down, plan),
+        )
+        for layer in params.layers
+    )
+    return replace(params, layers=layers, head=with_tiles(params.head, plan))
 
 
 def _layer(spec: ModelSpec, get: GetTensor, prefix: str) -> LayerParams:

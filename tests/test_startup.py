@@ -161,7 +161,7 @@ def test_the_pool_must_hold_one_sequence(folder: Path) -> None:
 def test_too_little_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without memory: the message names what can be changed, and its bound on the length works."""
     monkeypatch.setattr(startup_module, "free_cpu_memory", lambda: 200_000)
-    with pytest.raises(OutOfMemoryError, match="max_model_len.*gpu_memory_utilization") as raised:
+    with pytest.raises(OutOfMemoryError, match=r"max_model_len.*gpu_memory_utilization") as raised:
         LLMEngine(config_of(folder, max_model_len=512))
     bound = re.search(r"at most (\d+) fits", str(raised.value))
     assert bound is not None

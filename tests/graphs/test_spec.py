@@ -267,7 +267,7 @@ def test_partial_rotary_at_the_top_level(architecture: str, tmp_path: Path) -> N
 def test_unknown_layer_type(tmp_path: Path) -> None:
     """Only full and sliding attention are run."""
     config = {**QWEN25, "layer_types": ["chunked_attention"] * 24}
-    with pytest.raises(UnsupportedModelError, match="chunked_attention.*full_attention, sliding_attention"):
+    with pytest.raises(UnsupportedModelError, match=r"chunked_attention.*full_attention, sliding_attention"):
         read(tmp_path, config)
 
 

@@ -81,7 +81,7 @@ def test_one_sequence_must_fit() -> None:
 
 def test_too_few_blocks_asked_for() -> None:
     """When the user's own number is the cause, the error names it: more memory would not help."""
-    with pytest.raises(OutOfMemoryError, match="max_model_len=40.*raise num_gpu_blocks") as raised:
+    with pytest.raises(OutOfMemoryError, match=r"max_model_len=40.*raise num_gpu_blocks") as raised:
         plan(num_gpu_blocks=9)
     assert "at most 36 fits" in str(raised.value)
 
@@ -89,7 +89,7 @@ def test_too_few_blocks_asked_for() -> None:
 def test_weights_that_fill_the_budget() -> None:
     """Nothing left, or less than nothing: no negative number of blocks anywhere in the message."""
     for weights in (750, 800, 5000):
-        with pytest.raises(OutOfMemoryError, match="leaves 0.00 GiB = 0 KV cache blocks") as raised:
+        with pytest.raises(OutOfMemoryError, match=r"leaves 0.00 GiB = 0 KV cache blocks") as raised:
             plan(weights=weights)
         assert not re.search(r"-\d", str(raised.value))
 

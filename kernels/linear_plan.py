@@ -1,0 +1,171 @@
+"""Which kernel and tile a skinny matrix product uses, by shape: measured where it was measured, else a rule.
+
+Pure Python. `scripts/tune_linear.py` writes plans, `LinearPlan.for_gpu` finds the one that is shipped for a GPU, and
+`mini_infer.kernels.linear.with_tiles` attaches a weight's choices to it. A choice is `None` where cuBLAS is best.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+M_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS."""
+
+MAX_GEMV_ROWS = 4
+PLANS = Path(__file__).parent / "plans"
+
+Kind = Literal["gemv", "dot"]
+ShapeKey = tuple[int, int, bool]
+"""(n, k, gated): weight rows, weight columns, whether silu(gate) * up is taken of the result."""
+
+_KINDS: tuple[Kind, ...] = ("gemv", "dot")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is cut up.
+
+    Attributes:
+        kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64.
+        block_n: Weight rows of a program (gate and up rows together when gated).
+        block_k: Weight columns that are loaded at a time.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline over the columns.
+        split_k: Programs that share the columns of a block of rows; "dot" only.
+    """
+
+    kind: Kind
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+    split_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
+        least = 1 if self.kind == "gemv" else 16
+        for name, low in (("block_n", least), ("block_k", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < low or value & (value - 1):
+                raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
+        if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
+            raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
+
+    def to_ints(self) -> list[int]:
+        """The tile as the ops take it."""
+        kind = _KINDS.index(self.kind)
+        return [kind, self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k]
+
+    @classmethod
+    def from_ints(cls, ints: Sequence[int]) -> Tile:
+        """The inverse of `to_ints`."""
+        kind, *sizes = ints
+        return cls(_KINDS[kind], *sizes)
+
+    def __str__(self) -> str:
+        text = f"{self.kind} {self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        return text if self.split_k == 1 else f"{text} k/{self.split_k}"
+
+
+Tiles = tuple[Tile | None, ...]
+"""A choice for each of M_BUCKETS; empty where there is nothing to choose."""
+
+
+def pick(tiles: Tiles, m: int) -> Tile | None:
+    """The choice for a product with m rows."""
+    for bucket, tile in zip(M_BUCKETS, tiles, strict=False):
+        if m <= bucket:
+            return tile
+    return None
+
+
+def default_tile(m: int, n: int, k: int, gated: bool, element_size: int) -> Tile | None:
+    """A choice that was not measured for this shape: what did well on an H200 on others.
+
+    Up to 4 rows: one or a few weight rows a program with all their columns in flight. Up to 32: tensor-core tiles of 16
+    or 32 weight rows, deep in k, few warps. From 33 rows on cuBLAS is hard to beat, and so it is in float32.
+    """
+    if m <= MAX_GEMV_ROWS:
+        block_k = max(16, 1 << (k - 1).bit_length())
+        if block_k > 16384:
+            return Tile("gemv", 2, 2048, num_warps=8, num_stages=3)
+        block_n = max(2 if gated else 1, min(4, 4096 // block_k))
+        return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4)
+    if m > 32 or element_size != 2:
+        return None
+    block_k = 256 if m <= 16 else 128
+    block_n = 16 if n < 4096 else 32
+    return Tile("dot", block_n, block_k, num_warps=2 if block_n * m <= 512 else 4, num_stages=4)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """Choices by shape and row count.
+
+    Attributes:
+        gpu: Name of the GPU that was measured; empty without measurements.
+        dtype: Type of the weights that were measured; float16 and bfloat16 pass for each other.
+        measured: For each shape its choices by row count (of M_BUCKETS).
+    """
+
+    gpu: str = ""
+    dtype: str = "bfloat16"
+    measured: Mapping[ShapeKey, Mapping[int, Tile | None]] = field(default_factory=dict)
+
+    def choose(self, m: int, n: int, k: int, *, gated: bool, element_size: int = 2) -> Tile | None:
+        """Tile of silu_mul(x @ w.T) or x @ w.T with x [m, k] and w [n, k]; None for cuBLAS."""
+        bucket = next((b for b in M_BUCKETS if m <= b), None)
+        if bucket is None:
+            return None
+        by_rows = self.measured.get((n, k, gated), {}) if element_size == 2 else {}
+        return by_rows[bucket] if bucket in by_rows else default_tile(bucket, n, k, gated, element_size)
+
+    def tiles(self, n: int, k: int, *, gated: bool, element_size: int = 2) -> Tiles:
+        """The choices of one weight, for every row count."""
+        return tuple(self.choose(m, n, k, gated=gated, element_size=element_size) for m in M_BUCKETS)
+
+    def to_json(self) -> str:
+        """The plan as text."""
+        shapes = [
+            {
+                "n": n,
+                "k": k,
+                "gated": gated,
+                "tiles": {str(m): None if tile is None else asdict(tile) for m, tile in by_rows.items()},
+            }
+            for (n, k, gated), by_rows in self.measured.items()
+        ]
+        return json.dumps({"gpu": self.gpu, "dtype": self.dtype, "shapes": shapes}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LinearPlan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no plan.
+        """
+        try:
+            value = json.loads(text)
+            measured = {
+                (int(shape["n"]), int(shape["k"]), bool(shape["gated"])): {
+                    int(m): None if tile is None else Tile(**tile) for m, tile in shape["tiles"].items()
+                }
+                for shape in value["shapes"]
+            }
+            return cls(str(value["gpu"]), str(value["dtype"]), measured)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no plan of linear layers: {error!r}") from error
+
+    @classmethod
+    def for_gpu(cls, gpu: str, folder: Path = PLANS) -> LinearPlan:
+        """The shipped plan that was measured on a GPU of this name, else one that only has the rule."""
+        for path in sorted(folder.glob("*.json")):
+            plan = cls.from_json(path.read_text(encoding="utf-8"))
+            if plan.gpu == gpu:
+                return plan
+        return cls()

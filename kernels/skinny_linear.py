@@ -1,0 +1,367 @@
+"""The matrix product with few rows, bound by reading the weight once: y = x @ weight.T + bias, and with a gate.
+
+    linear(x)          = x @ weight.T + bias
+    linear_silu_mul(x) = silu(g) * u,  [g, u] = x @ weight.T + bias,  silu(z) = z / (1 + exp(-z))
+
+x: [..., k], weight: [n, k], bias: [n] or None; float32, float16 or bfloat16 -> [..., n], or [..., n / 2] with the gate
+(rows 0 to n / 2 - 1 of the weight are the gate). Products are summed in float32 in an order that the tile fixes: no
+atomics, so a result depends on nothing but its row of x, the weight and the tile.
+
+Two kernels. `gemv` (up to 4 rows): a program owns `block_n` rows of the weight and multiplies in registers, all columns
+in flight at once where they fit. `dot` (up to 64 rows): x is padded to 16, 32 or 64 rows for the tensor cores, which
+idle most of the time; a program owns `block_n` weight rows and pipelines over the columns. With `split_k` > 1 several
+programs share those columns, and a third kernel adds their sums.
+
+For the gate a program's rows alternate between gate and up, row i and row n / 2 + i: the loads and the products are
+those of a plain product, and each thread ends with both halves of its outputs.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2, register_op
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, Tile
+
+_REDUCE_BLOCK = 256
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The formula in plain torch."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear_silu_mul_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The formula in plain torch, rounded once."""
+    both = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    gate, up = both.chunk(2, -1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+@triton.jit
+def _weight_rows(n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """This program's weight rows [BLOCK_N]; past the end the last one again, so that loads need no mask."""
+    j = tl.arange(0, BLOCK_N)
+    if GATED:
+        half = n // 2
+        rows = tl.minimum(tl.program_id(0) * (BLOCK_N // 2) + j // 2, half - 1) + j % 2 * half
+    else:
+        rows = tl.minimum(tl.program_id(0) * BLOCK_N + j, n - 1)
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def _silu_mul(pairs, M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[M, BLOCK_N] of alternating gate and up -> [M, BLOCK_N // 2]."""
+    gate, up = tl.split(tl.reshape(pairs, [M, BLOCK_N // 2, 2]))
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _store_row(
+    total,  # [BLOCK_N] float32
+    row,
+    rows,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + rows).to(tl.float32)
+    total = total[None, :]  # [1, BLOCK_N]
+    if GATED:
+        total = _silu_mul(total, 1, BLOCK_N)
+        width = n // 2
+        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        width = n
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = out_ptr + row * width + cols  # int32: at most 4 rows
+    tl.store(out[None, :], total.to(out_ptr.dtype.element_ty), mask=((cols < width) & (row < m))[None, :])
+
+
+@triton.jit
+def _load_x(x_ptr, row, m, x_stride, cols, k, EVEN_K: tl.constexpr):
+    """Row `row` of x, [1, BLOCK_K] float32. Past the last row that one again: its result is not stored."""
+    source = x_ptr + tl.minimum(row, m - 1).to(tl.int64) * x_stride + cols
+    x = tl.load(source) if EVEN_K else tl.load(source, mask=cols < k, other=0.0)
+    return x.to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["m"])
+def _gemv_kernel(
+    x_ptr,  # [m, k]
+    weight_ptr,  # [n, k]
+    bias_ptr,  # [n]
+    out_ptr,  # [m, n] or [m, n / 2] contiguous
+    m,
+    n,
+    k,
+    x_stride,
+    weight_stride,
+    M_PAD: tl.constexpr,  # 1, 2 or 4
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # BLOCK_K >= k
+    EVEN_K: tl.constexpr,
+):
+    rows = _weight_rows(n, BLOCK_N, GATED)
+    offsets = tl.arange(0, BLOCK_K)
+    source = weight_ptr + rows[:, None] * weight_stride
+    if ONE_TILE:
+        if EVEN_K:
+            w = tl.load(source + offsets[None, :], eviction_policy="evict_first")
+        else:
+            w = tl.load(
+                source + offsets[None, :], mask=(offsets < k)[None, :], other=0.0, eviction_policy="evict_first"
+            )
+        w = w.to(tl.float32)
+        for row in tl.static_range(M_PAD):
+            total = tl.sum(w * _load_x(x_ptr, row, m, x_stride, offsets, k, EVEN_K), 1)
+            _store_row(total, row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+    else:
+        sum0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        sum1 = sum0
+        sum2 = sum0
+        sum3 = sum0
+        for start in tl.range(0, k, BLOCK_K, num_stages=NUM_STAGES):
+            cols = start + offsets
+            if EVEN_K:
+                w = tl.load(source + cols[None, :], eviction_policy="evict_first")
+            else:
+                w = tl.load(source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
+            w = w.to(tl.float32)
+            sum0 += w * _load_x(x_ptr, 0, m, x_stride, cols, k, EVEN_K)
+            if M_PAD > 1:
+                sum1 += w * _load_x(x_ptr, 1, m, x_stride, cols, k, EVEN_K)
+            if M_PAD > 2:
+                sum2 += w * _load_x(x_ptr, 2, m, x_stride, cols, k, EVEN_K)
+                sum3 += w * _load_x(x_ptr, 3, m, x_stride, cols, k, EVEN_K)
+        _store_row(tl.sum(sum0, 1), 0, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+        if M_PAD > 1:
+            _store_row(tl.sum(sum1, 1), 1, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+        if M_PAD > 2:
+            _store_row(tl.sum(sum2, 1), 2, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+            _store_row(tl.sum(sum3, 1), 3, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _dot_kernel(
+    x_ptr,  # [m, k]
+    weight_ptr,  # [n, k]
+    bias_ptr,  # [n]
+    out_ptr,  # [m, n] or [m, n / 2]; with SPLIT_K > 1 the sums [SPLIT_K, m, n] float32; contiguous
+    m,
+    n,
+    k,
+    x_stride,
+    weight_stride,
+    M_PAD: tl.constexpr,  # 16, 32 or 64
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    rows = _weight_rows(n, BLOCK_N, GATED)
+    x_rows = tl.arange(0, M_PAD)
+    offsets = tl.arange(0, BLOCK_K)
+    x_source = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride
+    w_source = weight_ptr + rows[:, None] * weight_stride
+    if SPLIT_K == 1:
+        first = 0
+        last = k
+    else:
+        span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(1) * span
+        last = tl.minimum(first + span, k)
+    acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_K):
+        cols = start + offsets
+        # Masked: the padding rows cost no traffic.
+        if EVEN_K:
+            x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None], other=0.0)
+            w = tl.load(w_source + cols[None, :], eviction_policy="evict_first")
+        else:
+            x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < k)[None, :], other=0.0)
+            w = tl.load(w_source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
+    if GATED:
+        acc = _silu_mul(acc, M_PAD, BLOCK_N)
+        width = n // 2
+        out_cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        width = n
+        out_cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_rows = x_rows.to(tl.int64)
+    if SPLIT_K > 1:
+        out_rows += tl.program_id(1).to(tl.int64) * m
+    target = out_ptr + out_rows[:, None] * width + out_cols[None, :]
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(x_rows < m)[:, None] & (out_cols < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["m"])
+def _reduce_kernel(
+    sums_ptr,  # [SPLIT_K, m, n] float32 contiguous
+    bias_ptr,  # [n]
+    out_ptr,  # [m, n] or [m, n / 2] contiguous
+    m,
+    n,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    width = n
+    if GATED:
+        width = n // 2
+    mask = cols < width
+    source = sums_ptr + row * n + cols
+    step = m.to(tl.int64) * n
+    total = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        total += tl.load(source + split * step, mask=mask, other=0.0)
+        if GATED:
+            up += tl.load(source + split * step + width, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        if HAS_BIAS:
+            up += tl.load(bias_ptr + width + cols, mask=mask, other=0.0).to(tl.float32)
+        total = total / (1.0 + tl.exp(-total)) * up
+    tl.store(out_ptr + row * width + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: bool) -> Tensor:
+    """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows."""
+    n, k = weight.shape
+    width = n // 2 if gated else n
+    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
+    m = rows.shape[0]
+    most = MAX_GEMV_ROWS if tile.kind == "gemv" else M_BUCKETS[-1]
+    if m > most or (gated and (tile.block_n < 2 or n % 2)) or weight.stride(1) != 1:
+        raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
+    has_bias, even_k = bias is not None, k % tile.block_k == 0
+    some_bias = bias if bias is not None else weight  # never read
+    if tile.kind == "gemv":
+        _gemv_kernel[(cdiv(n, tile.block_n),)](
+            rows,
+            weight,
+            some_bias,
+            out,
+            m,
+            n,
+            k,
+            rows.stride(0),
+            weight.stride(0),
+            M_PAD=next_power_of_2(m),
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            NUM_STAGES=tile.num_stages,
+            GATED=gated,
+            HAS_BIAS=has_bias,
+            ONE_TILE=tile.block_k >= k,
+            EVEN_K=even_k,
+            num_warps=tile.num_warps,
+        )
+        return out
+    split_k = tile.split_k
+    target = out if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+    _dot_kernel[(cdiv(n, tile.block_n), split_k)](
+        rows,
+        weight,
+        some_bias,
+        target,
+        m,
+        n,
+        k,
+        rows.stride(0),
+        weight.stride(0),
+        M_PAD=max(16, next_power_of_2(m)),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=split_k,
+        GATED=gated and split_k == 1,
+        HAS_BIAS=has_bias and split_k == 1,
+        EVEN_K=even_k,
+        UPCAST=INTERPRET,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if split_k > 1:
+        _reduce_kernel[(cdiv(width, _REDUCE_BLOCK), m)](
+            target,
+            some_bias,
+            out,
+            m,
+            n,
+            SPLIT_K=split_k,
+            BLOCK=_REDUCE_BLOCK,
+            GATED=gated,
+            HAS_BIAS=has_bias,
+            num_warps=2,
+        )
+    return out
+
+
+def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    if not tile:
+        return F.linear(x, weight, bias)
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=False)
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_silu_mul_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    if not tile:
+        return linear_silu_mul_reference(x, weight, bias)
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=True)
+
+
+def _linear_silu_mul_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    return linear_silu_mul_reference(x, weight, bias)
+
+
+def _linear_silu_mul_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+linear_op = register_op("linear", _linear_fake, cpu=_linear_cpu, cuda=_linear_cuda)
+"""(x, weight, bias, `Tile.to_ints`; empty for cuBLAS) -> y. `mini_infer.kernels.linear.linear` checks and chooses."""
+
+linear_silu_mul_op = register_op(
+    "linear_silu_mul", _linear_silu_mul_fake, cpu=_linear_silu_mul_cpu, cuda=_linear_silu_mul_cuda
+)
+"""(x, weight, bias, `Tile.to_ints`) -> silu(gate) * up."""

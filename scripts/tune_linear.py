@@ -1,0 +1,329 @@
+"""Measure which kernel and tile each skinny matrix product should use on this GPU, and write the plan.
+
+    python scripts/tune_linear.py --out kernels/plans/h200-bf16.json
+    python scripts/tune_linear.py --quick --models 8b --m 1 16
+
+Every candidate runs as in a decode step: captured in a CUDA graph, its weights out of the cache (the calls rotate among
+copies that exceed the L2 cache several times). It must agree with cuBLAS before it is timed. The kernels are compiled
+first, in one process per core, into Triton's cache. The plan is written as it grows, and an earlier one keeps the
+entries that are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from mini_infer.kernels.activation import silu_and_mul
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, PLANS, LinearPlan, Tile
+from mini_infer.kernels.skinny_linear import launch_skinny_linear, linear_silu_mul_reference
+
+SHAPES = {
+    "8b": {
+        "qkv": (6144, 4096, False),
+        "o": (4096, 4096, False),
+        "gate_up": (28672, 4096, False),
+        "gate_up+silu": (28672, 4096, True),
+        "down": (4096, 14336, False),
+        "head": (128256, 4096, False),
+    },
+    "0.6b": {
+        "qkv": (4096, 1024, False),
+        "o": (1024, 2048, False),
+        "gate_up": (6144, 1024, False),
+        "gate_up+silu": (6144, 1024, True),
+        "down": (1024, 3072, False),
+        "head": (151936, 1024, False),
+    },
+}
+COLD_BYTES = 512 << 20  # eight times the 60 MB L2 of an H200: what an unusual replacement keeps is little too
+REPLAYS = 9
+TOLERANCE = 1e-2
+WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product to tune."""
+
+    name: str
+    n: int
+    k: int
+    gated: bool
+    m: int
+
+
+def gemv_tiles(problem: Problem) -> list[Tile]:
+    """Candidates for a few rows, by the number of columns."""
+    block_k = 1 << (problem.k - 1).bit_length()
+    if block_k <= 2048:
+        sizes = [(1, block_k, 4, 1), (2, block_k, 4, 1), (4, block_k, 4, 1), (4, block_k, 8, 1), (8, block_k, 8, 1)]
+    elif block_k <= 4096:
+        sizes = [(1, block_k, 8, 1), (1, block_k, 4, 1), (2, block_k, 8, 1), (2, 1024, 4, 3), (4, 1024, 4, 4)]
+        sizes.append((1, 1024, 4, 3) if problem.k % block_k else (4, 2048, 8, 2))
+    else:
+        sizes = [(1, block_k, 8, 1), (1, block_k, 16, 1), (1, 2048, 8, 4), (2, 2048, 8, 3), (4, 1024, 4, 4)]
+    least = 2 if problem.gated else 1
+    return [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
+
+
+def dot_tiles(problem: Problem) -> list[Tile]:
+    """Candidates on tensor cores, by the padded number of rows: (block_n, block_k, warps, stages, split_k)."""
+    few = problem.n <= 6144  # too few programs to fill the GPU: narrower tiles, and columns that are shared
+    if problem.m <= MAX_GEMV_ROWS:
+        sizes = [(32, 256, 2, 4, 1), (16, 512, 2, 3, 1), (32, 512, 2, 3, 1)]
+        sizes += [(16, 256, 2, 4, 2)] if few else [(32, 128, 2, 5, 1)]
+    elif problem.m <= 16:
+        sizes = [(32, 256, 2, 4, 1), (32, 128, 2, 5, 1), (32, 512, 2, 3, 1), (16, 256, 2, 4, 1), (16, 512, 2, 3, 1)]
+        sizes += [(64, 128, 4, 4, 1), (32, 256, 4, 4, 1)]
+        sizes += [(16, 256, 2, 4, 2), (32, 256, 2, 4, 2), (32, 256, 2, 3, 4)] if few else [(64, 256, 4, 3, 1)]
+    elif problem.m <= 32:
+        sizes = [(32, 128, 2, 5, 1), (32, 256, 2, 3, 1), (32, 256, 4, 3, 1), (64, 128, 4, 4, 1), (64, 256, 4, 3, 1)]
+        sizes += [(16, 256, 2, 3, 1), (32, 128, 4, 5, 1)]
+        sizes += [(32, 128, 2, 4, 2), (32, 256, 4, 3, 2), (64, 128, 4, 3, 4)] if few else [(128, 64, 4, 5, 1)]
+    else:
+        sizes = [(32, 128, 4, 5, 1), (32, 256, 4, 3, 1), (64, 128, 4, 4, 1), (64, 64, 4, 6, 1), (128, 64, 4, 5, 1)]
+        sizes += [(64, 128, 8, 4, 1)]
+        sizes += [(64, 128, 4, 4, 2), (64, 128, 4, 3, 4), (128, 64, 4, 4, 4)] if few else [(128, 128, 8, 3, 1)]
+    return [Tile("dot", *size) for size in sizes]
+
+
+def candidates(problem: Problem, quick: bool) -> list[Tile]:
+    """What is worth measuring for this product."""
+    gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
+    dot = dot_tiles(problem)
+    return gemv[:2] + dot[: 4 - len(gemv[:2])] if quick else gemv + dot
+
+
+def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
+    """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
+    unique: dict[tuple[object, ...], tuple[Problem, Tile]] = {}
+    for problem, tile in jobs:
+        m_pad = 1 << (problem.m - 1).bit_length() if tile.kind == "gemv" else max(16, problem.m)
+        even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
+        unique.setdefault((tile, m_pad, problem.gated, even), (problem, tile))
+    begun = time.perf_counter()
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(cores, initializer=compile_only, initargs=(arch,)) as pool:
+        failures = [text for text in pool.imap_unordered(compile_one, unique.values()) if text]
+    print(f"compiled {len(unique)} kernels on {cores} cores in {time.perf_counter() - begun:.1f} s")
+    for text in failures:
+        print(f"  not compiled: {text}")
+
+
+def architecture() -> int:
+    """The GPU's compute capability, such as 90, without touching CUDA."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return int(answer.strip().replace(".", ""))
+
+
+class CompileDriver:
+    """Names the target to Triton where there is nothing to launch on."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to compile for."""
+        return self._target
+
+    def get_current_device(self) -> int:
+        """Any device."""
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        """Any stream."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu")
+
+
+def compile_only(arch: int) -> None:
+    """Make launches of this process compile and nothing else."""
+    triton.runtime.driver.set_active(CompileDriver(arch))
+    run = JITFunction.run
+
+    def compile_kernel(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_kernel
+
+
+def compile_one(job: tuple[Problem, Tile]) -> str:
+    """Compile one candidate. Returns what went wrong, or nothing."""
+    problem, tile = job
+    x = torch.empty(problem.m, problem.k, dtype=torch.bfloat16)
+    weight = torch.empty(problem.n, problem.k, dtype=torch.bfloat16)  # never touched, so never backed by memory
+    try:
+        launch_skinny_linear(x, weight, None, tile, gated=problem.gated)
+    except Exception as error:  # the compiler raises many kinds
+        return f"{problem.name} m={problem.m} {tile}: {first_line(error)}"
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """Short form of an error."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:160]
+
+
+def measure(call: Callable[[int], Tensor], copies: int, weight_bytes: int, stream: torch.cuda.Stream) -> float:
+    """Microseconds of one call; `call` takes the number of the weight copy."""
+    least = 12 if weight_bytes < 400 << 20 else 4
+    calls = copies * -(-least // copies)
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(0)  # whatever is set up on a first call, or fails on it
+        torch.cuda.synchronize()
+        # Not `torch.cuda.graph`, which collects garbage and empties the cache every time.
+        graph.capture_begin(capture_error_mode="thread_local")
+        for index in range(calls):
+            call(index % copies)
+        graph.capture_end()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return float(statistics.median(times)) * 1e3 / calls
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Error in the 2-norm."""
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+def tune(
+    problem: Problem,
+    weights: Tensor,
+    tiles: Iterable[Tile],
+    plain_best: Tile | None,
+    stream: torch.cuda.Stream,
+    show_all: bool,
+) -> tuple[Tile | None, str]:
+    """Time cuBLAS and the candidates. Returns the choice and a line of the table."""
+    m, gated = problem.m, problem.gated
+    copies, weight_bytes = weights.shape[0], weights[0].numel() * weights.element_size()
+    x = torch.randn(m, problem.k, device="cuda", dtype=weights.dtype)
+    if gated:
+        expected = linear_silu_mul_reference(x, weights[0], None)
+        library_us = measure(lambda i: silu_and_mul(F.linear(x, weights[i])), copies, weight_bytes, stream)
+    else:
+        expected = F.linear(x, weights[0])
+        library_us = measure(lambda i: F.linear(x, weights[i]), copies, weight_bytes, stream)
+    best: Tile | None = None
+    best_us, label = library_us * WORTHWHILE, "cuBLAS"
+    if gated and plain_best is not None:  # the product alone on its best tile, then the activation
+        plain = plain_best
+
+        def separate(i: int) -> Tensor:
+            return silu_and_mul(launch_skinny_linear(x, weights[i], None, plain, gated=False))
+
+        separate_us = measure(separate, copies, weight_bytes, stream)
+        if separate_us < best_us:
+            best_us, label = separate_us, f"{plain}, silu apart"
+    timings: list[tuple[float, Tile]] = []
+    for tile in tiles:
+
+        def run(i: int, tile: Tile = tile) -> Tensor:
+            return launch_skinny_linear(x, weights[i], None, tile, gated=gated)
+
+        try:
+            error = relative_error(run(0), expected)
+            if not error < TOLERANCE:
+                print(f"  WRONG: {problem.name} m={m} {tile}: relative error {error:.3g}")
+                continue
+            timings.append((measure(run, copies, weight_bytes, stream), tile))
+        except Exception as failure:  # a tile that does not fit the GPU, in one of many ways
+            print(f"  failed: {problem.name} m={m} {tile}: {first_line(failure)}")
+    for us, tile in timings:
+        if us < best_us:
+            best, best_us, label = tile, us, str(tile)
+    if show_all:
+        for us, tile in sorted(timings, key=lambda timing: timing[0]):
+            print(f"    {problem.name:<18}{m:>3}  {tile!s:<28}{us:>9.2f} us")
+    if label == "cuBLAS":
+        best_us = library_us
+    line = (
+        f"{problem.name:<18}{problem.n:>7}{problem.k:>6}{m:>4}  {label:<34}{best_us:>8.2f}"
+        f"{weight_bytes / best_us / 1e6:>7.2f}{library_us:>9.2f}{best_us / library_us:>7.2f}"
+    )
+    return best, line
+
+
+def main() -> None:
+    """Compile, measure, print, write."""
+    arguments = parse()
+    problems = [
+        Problem(f"{model} {name}", n, k, gated, m)
+        for model in arguments.models
+        for name, (n, k, gated) in SHAPES[model].items()
+        if not arguments.shapes or name in arguments.shapes
+        for m in arguments.m
+    ]
+    begun = time.perf_counter()
+    jobs = [(problem, tile) for problem in problems for tile in candidates(problem, arguments.quick)]
+    compile_all(jobs, architecture())
+
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, cold weights\n")
+    print(f"{'shape':<18}{'n':>7}{'k':>6}{'m':>4}  {'best':<34}{'us':>8}{'TB/s':>7}{'cuBLAS':>9}{'ratio':>7}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = LinearPlan.from_json(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else None
+    measured = {key: dict(tiles) for key, tiles in kept.measured.items()} if kept and kept.gpu == gpu else {}
+    weights = torch.empty(0)
+    shape = (0, 0)
+    stream = torch.cuda.Stream()
+    torch.manual_seed(0)
+    for problem in problems:
+        if shape != (problem.n, problem.k):
+            shape = problem.n, problem.k
+            del weights
+            copies = max(1, -(-COLD_BYTES // (2 * problem.n * problem.k)))
+            weights = torch.empty(copies, *shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
+        plain_best = measured.get((*shape, False), {}).get(problem.m)
+        tiles = candidates(problem, arguments.quick)
+        best, line = tune(problem, weights, tiles, plain_best, stream, arguments.all)
+        measured.setdefault((*shape, problem.gated), {})[problem.m] = best
+        print(line, flush=True)
+        arguments.out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
+    print(f"\n{arguments.out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PLANS / "h200-bf16.json", help="where the plan goes")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
+    parser.add_argument("--shapes", nargs="+", help="only these, such as qkv or gate_up+silu")
+    parser.add_argument("--m", nargs="+", type=int, choices=M_BUCKETS, default=list(M_BUCKETS), help="row counts")
+    parser.add_argument("--quick", action="store_true", help="four candidates for each product")
+    parser.add_argument("--all", action="store_true", help="print every candidate's time")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
