@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_infer.graphs.kv_cache import KVCache
-from mini_infer.graphs.params import LayerParams, Params
+from mini_infer.graphs.params import Params
 from mini_infer.graphs.prefill_inputs import PrefillInputs
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeRows, SamplingRows
 from mini_infer.kernels.attention_decode import paged_attention
 from mini_infer.kernels.attention_prefill import paged_prefill_attention
-from mini_infer.kernels.kv_store import store_kv
 from mini_infer.kernels.linear import linear, linear_silu_mul
 from mini_infer.kernels.norm import add_rmsnorm, rmsnorm
-from mini_infer.kernels.rotary import apply_rotary_emb
+from mini_infer.kernels.qkv_prologue import prepare_qkv
 from mini_infer.kernels.sampling import sample
 
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -104,9 +103,19 @@ def _layers(
     hidden = rmsnorm(residual, params.layers[0].input_norm, spec.rms_norm_eps)
     for index, layer in enumerate(params.layers):
         key_cache, value_cache = kv.layers[index]
-        query, key, value = _project(spec, layer, hidden)
-        query, key = apply_rotary_emb(query, key, params.cos, params.sin, positions)
-        store_kv(key, value, key_cache, value_cache, slots)
+        query = prepare_qkv(
+            linear(hidden, layer.qkv),
+            layer.q_norm,
+            layer.k_norm,
+            params.cos,
+            params.sin,
+            positions,
+            key_cache,
+            value_cache,
+            slots,
+            spec.num_heads,
+            spec.rms_norm_eps,
+        )
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
         hidden = linear(attended.flatten(1), layer.o)
         hidden, residual = add_rmsnorm(hidden, residual, layer.post_norm, spec.rms_norm_eps)
@@ -115,19 +124,6 @@ def _layers(
         next_norm = params.norm if last else params.layers[index + 1].input_norm
         hidden, residual = add_rmsnorm(hidden, residual, next_norm, spec.rms_norm_eps)
     return hidden
-
-
-def _project(spec: ModelSpec, layer: LayerParams, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]."""
-    fused = linear(hidden, layer.qkv)
-    query, key, value = fused.split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
-    query = query.unflatten(-1, (spec.num_heads, spec.head_dim))
-    key = key.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-    value = value.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-    if layer.q_norm is not None and layer.k_norm is not None:
-        query = rmsnorm(query, layer.q_norm, spec.rms_norm_eps)
-        key = rmsnorm(key, layer.k_norm, spec.rms_norm_eps)
-    return query, key, value
 
 
 def _sample(params: Params, hidden: Tensor, sampling: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:

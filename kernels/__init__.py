@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mini_infer.kernels.kv_store import store_kv
     from mini_infer.kernels.linear import LinearWeight, pack_linear
     from mini_infer.kernels.norm import add_rmsnorm, rmsnorm
+    from mini_infer.kernels.qkv_prologue import prepare_qkv
     from mini_infer.kernels.rotary import apply_rotary_emb
     from mini_infer.kernels.sampling import philox_uniform, sample
 
@@ -26,6 +27,7 @@ __all__ = [
     "paged_attention",
     "paged_prefill_attention",
     "philox_uniform",
+    "prepare_qkv",
     "rmsnorm",
     "sample",
     "silu_and_mul",
@@ -40,6 +42,7 @@ _MODULE_OF = {
     "paged_attention": "attention_decode",
     "paged_prefill_attention": "attention_prefill",
     "philox_uniform": "sampling",
+    "prepare_qkv": "qkv_prologue",
     "rmsnorm": "norm",
     "sample": "sampling",
     "silu_and_mul": "activation",

@@ -8,26 +8,62 @@ block_size, head_dim]; block_tables [num_seqs, max_blocks]; context_lens [num_se
 token, whose K/V is already stored. A padded row is an ordinary row: length 1, table all null block.
 
 On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The context is
-cut at multiples of SPLIT_TOKENS, a constant, so that a row's result depends on nothing but the row; each piece is
-reduced with an online softmax (Milakov & Gimelshein 2018) by one program per KV head, whose tile holds the head's whole
-query group; a second kernel weighs the pieces by their log-sum-exp. A row that is one piece is done with the first. The
-grid depends on shapes only, lengths are read from device memory.
+cut at multiples of a constant, so that a row's result depends on nothing but the row; each piece is reduced with an
+online softmax (Milakov & Gimelshein 2018) by a program whose tile holds the whole query group of one KV head; pieces
+are then merged one after the other by their log-sum-exp. With many rows one program takes all pieces of a row and
+merges them itself; with few rows the pieces go to as many programs as keep the GPU busy, and a second kernel merges
+them, with the same operations in the same order. The grid depends on shapes only, lengths are read from device memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mini_infer.kernels.common import INTERPRET, check_attention, next_power_of_2, register_op
+from mini_infer.kernels.common import INTERPRET, cdiv, check_attention, next_power_of_2, register_op
 
 SPLIT_TOKENS = 256
-PROGRAMS = 8192  # enough to keep all multiprocessors busy to the end, however ragged the lengths
+_MERGED_AT_ONCE = 8  # splits whose loads the merging kernel has in flight
 _CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the work of one call is cut up on a GPU.
+
+    Attributes:
+        split: Tokens of a piece; like `block_n` and `num_warps` it decides the order in which a row is summed up.
+        block_n: Tokens that are loaded at a time.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline over the tiles.
+        programs: About how many programs to start: more of them even out ragged lengths, fewer of them find nothing
+            to do. From this many rows times KV heads on, no second kernel is needed.
+    """
+
+    split: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+    def __post_init__(self) -> None:
+        if self.split % self.block_n != 0:
+            raise ValueError(f"split must be a multiple of block_n {self.block_n}, got {self.split}")
+
+
+def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
+    """The configuration for a model. It must not depend on the batch: a row's result would come to depend on it too."""
+    block_dim = next_power_of_2(head_dim)
+    if element_size == 4:  # no tensor cores: products in registers, which larger tiles would spill
+        block_n = 16 if block_dim > 128 else 32
+        return DecodeConfig(SPLIT_TOKENS, block_n, num_warps=8 if block_dim > 64 else 4, num_stages=2, programs=1024)
+    block_n = 32 if block_dim > 128 else 64
+    return DecodeConfig(SPLIT_TOKENS, block_n, num_warps=4, num_stages=3, programs=1024)
 
 
 def paged_attention_reference(
@@ -55,13 +91,29 @@ def paged_attention_reference(
 
 
 @triton.jit
+def _merge(total, highest, lse):
+    """Join a part of weight 2 ** lse to the parts so far, whose weights sum up to total * 2 ** highest.
+
+    The caller does acc = fma(acc, rescale, part * weight). Spelt out as fma, because every caller must get the same
+    bits. An lse of -inf changes nothing.
+
+    Returns:
+        (rescale, weight, total, highest).
+    """
+    new_highest = tl.maximum(highest, lse)
+    rescale = tl.exp2(highest - new_highest)
+    weight = tl.exp2(lse - new_highest)
+    return rescale, weight, tl.fma(total, rescale, weight), new_highest
+
+
+@triton.jit
 def _split_kernel(
     query_ptr,  # [num_seqs, num_heads, HEAD_DIM], strided
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
     value_cache_ptr,
     block_table_ptr,  # [num_seqs, max_blocks]
     context_len_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous: written for a row whose tokens lie in one split
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous: written if WHOLE, or for a row that lies in one split
     part_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] float32: each split's normalised output, for the others
     lse_ptr,  # [num_seqs, num_heads, max_splits] float32: its log-sum-exp (base 2)
     num_heads,
@@ -75,6 +127,7 @@ def _split_kernel(
     vc_stride_slot,
     table_stride,
     scale,
+    max_blocks,
     max_splits,
     SLIDING_WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
@@ -84,72 +137,102 @@ def _split_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,  # one program takes all splits of a row's head
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
+    TILES: tl.constexpr = SPLIT // BLOCK_N
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
+    split_stride = tl.num_programs(2)
+    table = block_table_ptr + seq * table_stride
+    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    group = tl.arange(0, BLOCK_GROUP)  # [BLOCK_GROUP] query heads of this KV head
+    dims = tl.arange(0, BLOCK_DIM)  # [BLOCK_DIM]
+    heads = kv_head * GROUP + group
+
+    # The loads that do not wait for the length come before it is used. Table entries past it are loaded, not followed.
     length = tl.load(context_len_ptr + seq).to(tl.int32)
+    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_source = query_ptr + seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
+    query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
     lowest = 0  # the first position that the query sees
     if SLIDING_WINDOW > 0:
         lowest = tl.maximum(length - SLIDING_WINDOW, 0)
     first_split = lowest // SPLIT
+    split = first_split + tl.program_id(2)
+    # Whole tiles below the window are skipped, so every tile visited holds a visible position.
+    first_tile = tl.maximum(lowest - split * SPLIT, 0) // BLOCK_N
+    block_index = (split * SPLIT + first_tile * BLOCK_N + columns) // BLOCK_SIZE
+    block = tl.load(table + block_index, mask=block_index < max_blocks, other=0)  # [BLOCK_N]
     num_splits = tl.cdiv(length, SPLIT)
-    if first_split + tl.program_id(2) >= num_splits:
+    if split >= num_splits:
         return
 
-    group = tl.arange(0, BLOCK_GROUP)  # [BLOCK_GROUP] query heads of this KV head
-    dims = tl.arange(0, BLOCK_DIM)  # [BLOCK_DIM]
-    heads = kv_head * GROUP + group
-    dim_mask = dims < HEAD_DIM
-    q_mask = (group < GROUP)[:, None] & dim_mask[None, :]
-    q_source = query_ptr + seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
-    query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
     if UPCAST_DOT:
         query = query.to(tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
-
+    row = seq * num_heads + heads  # [BLOCK_GROUP]
     key_base = key_cache_ptr + kv_head * kc_stride_head
     value_base = value_cache_ptr + kv_head * vc_stride_head
-    table = block_table_ptr + seq * table_stride
-    # A program takes every num_programs-th split: how many there are depends on the batch, what a split gives does not.
-    for split in range(first_split + tl.program_id(2), num_splits, tl.num_programs(2)):
-        # Whole tiles below the window are skipped, so every tile visited holds a visible position.
-        start = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
-        end = tl.minimum(split * SPLIT + SPLIT, length)
-        highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-        for tile in range(start, end, BLOCK_N):
-            position = tile + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-            visible = (position < end) & (position >= lowest)
-            block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
-            slot = (position % BLOCK_SIZE).to(tl.int64)
-            kv_mask = visible[:, None] & dim_mask[None, :]
-            key_rows = block * kc_stride_block + slot * kc_stride_slot
-            value_rows = block * vc_stride_block + slot * vc_stride_slot
-            key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-            value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-            if UPCAST_DOT:
-                key = key.to(tl.float32)
-                value = value.to(tl.float32)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
-            scores = tl.where(visible[None, :], scores, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_highest[:, None])
-            rescale = tl.exp2(highest - new_highest)
-            total = total * rescale + tl.sum(weights, axis=1)
-            acc = acc * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-            highest = new_highest
-        out = acc / total[:, None]
-        row = seq * num_heads + heads  # [BLOCK_GROUP]
-        if first_split + 1 == num_splits:
-            target = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
-            tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-        else:
-            at = row * max_splits + split
-            tl.store(part_ptr + at[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
-            tl.store(lse_ptr + at, highest + tl.log2(total), mask=group < GROUP)
+    # This program's splits are split, split + split_stride, ...: how many there are depends on the batch, what each
+    # gives does not. Their tiles are one loop, so that the loads run on from one split into the next.
+    more = (num_splits - 1 - split) // split_stride
+    last_split = split + more * split_stride
+    num_tiles = more * TILES + tl.cdiv(tl.minimum(length - last_split * SPLIT, SPLIT), BLOCK_N)
+    highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)  # of the running split
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    row_highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)  # of the splits merged; unused unless WHOLE
+    row_total = tl.zeros([BLOCK_GROUP], tl.float32)
+    row_acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for tile in range(first_tile, num_tiles):
+        position = (split + tile // TILES * split_stride) * SPLIT + tile % TILES * BLOCK_N + columns  # [BLOCK_N]
+        visible = position < length
+        if SLIDING_WINDOW > 0:
+            visible = visible & (position >= lowest)
+        kv_mask = visible[:, None]
+        if HEAD_DIM < BLOCK_DIM:
+            kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
+        slot = (position % BLOCK_SIZE).to(tl.int64)
+        key_rows = block.to(tl.int64) * kc_stride_block + slot * kc_stride_slot
+        value_rows = block.to(tl.int64) * vc_stride_block + slot * vc_stride_slot
+        key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        # The next tile's block ids, so that its keys need not wait for them.
+        following = tile + 1
+        next_start = (split + following // TILES * split_stride) * SPLIT + following % TILES * BLOCK_N
+        block = tl.load(table + (next_start + columns) // BLOCK_SIZE, mask=next_start + columns < length, other=0)
+        if UPCAST_DOT:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        rescale = tl.exp2(highest - new_highest)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        highest = new_highest
+        if following % TILES == 0 or following == num_tiles:
+            part = acc / total[:, None]
+            lse = highest + tl.log2(total)
+            if WHOLE:
+                rescale, weight, row_total, row_highest = _merge(row_total, row_highest, lse)
+                row_acc = tl.fma(row_acc, tl.broadcast_to(rescale[:, None], row_acc.shape), part * weight[:, None])
+            elif first_split + 1 == num_splits:
+                target = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
+                tl.store(target, part.to(out_ptr.dtype.element_ty), mask=q_mask)
+            else:
+                at = row * max_splits + split + tile // TILES * split_stride
+                tl.store(part_ptr + at[:, None] * HEAD_DIM + dims[None, :], part, mask=q_mask)
+                tl.store(lse_ptr + at, lse, mask=group < GROUP)
+            highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_GROUP], tl.float32)
+            acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    if WHOLE:
+        target = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(target, (row_acc / row_total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -164,6 +247,7 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     seq = tl.program_id(0).to(tl.int64)
     row = seq * num_heads + tl.program_id(1)
@@ -172,21 +256,20 @@ def _combine_kernel(
     first = 0  # splits before it lie wholly below the window and were never written
     if SLIDING_WINDOW > 0:
         first = tl.maximum(length - SLIDING_WINDOW, 0) // SPLIT
-    if first + 1 == tl.cdiv(length, SPLIT):
+    num_splits = tl.cdiv(length, SPLIT)
+    if first + 1 == num_splits:
         return  # the row's only split wrote the output itself
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_DIM], tl.float32)
-    for split in range(first, tl.cdiv(length, SPLIT)):
-        at = row * max_splits + split
-        lse = tl.load(lse_ptr + at)
-        part = tl.load(part_ptr + at * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
-        new_highest = tl.maximum(highest, lse)
-        rescale = tl.exp2(highest - new_highest)
-        weight = tl.exp2(lse - new_highest)
-        acc = acc * rescale + part * weight
-        total = total * rescale + weight
-        highest = new_highest
+    for start in range(first, num_splits, AT_ONCE):
+        for offset in tl.static_range(AT_ONCE):  # unrolled: the loads of all run while the first is merged
+            split = start + offset
+            at = row * max_splits + split
+            lse = tl.load(lse_ptr + at, mask=split < num_splits, other=float("-inf"))
+            part = tl.load(part_ptr + at * HEAD_DIM + dims, mask=(dims < HEAD_DIM) & (split < num_splits), other=0.0)
+            rescale, weight, total, highest = _merge(total, highest, lse)
+            acc = tl.fma(acc, tl.broadcast_to(rescale, acc.shape), part * weight)
     tl.store(out_ptr + row * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
@@ -198,22 +281,26 @@ def _launch_paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
+    *,
+    config: DecodeConfig | None = None,
 ) -> Tensor:
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_seqs == 0:
         return out
+    config = config or decode_config(head_dim, query.element_size())
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     context_lens = context_lens.contiguous()
-    max_splits = -(-block_tables.shape[1] * block_size // SPLIT_TOKENS)
-    parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
-    lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
+    max_blocks = block_tables.shape[1]
+    max_splits = cdiv(max_blocks * block_size, config.split)
+    split_programs = min(max_splits, max(1, config.programs // (num_seqs * num_kv_heads)))
+    whole = split_programs == 1
+    parts = lse = out  # not written
+    if not whole:
+        parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
+        lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
     block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
-    exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
-    small_tile = exact or block_dim > 128
-    # Few rows: one program for each split, to use the whole GPU. Many: one for all splits of a row's head.
-    split_programs = min(max_splits, -(-PROGRAMS // (num_seqs * num_kv_heads)))
     _split_kernel[(num_seqs, num_kv_heads, split_programs)](
         query,
         key_cache,
@@ -234,21 +321,23 @@ def _launch_paged_attention(
         value_cache.stride(2),
         block_tables.stride(0),
         scale,
+        max_blocks,
         max_splits,
         SLIDING_WINDOW=sliding_window,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        SPLIT=SPLIT_TOKENS,
+        SPLIT=config.split,
         BLOCK_GROUP=max(16, next_power_of_2(num_heads // num_kv_heads)),  # tl.dot needs 16 rows
         BLOCK_DIM=block_dim,
-        BLOCK_N=16 if exact and block_dim > 128 else 32 if small_tile else 64,
-        PRECISION="ieee" if exact else "tf32",
+        BLOCK_N=config.block_n,
+        WHOLE=whole,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
-        num_warps=8 if exact and block_dim > 64 else 4,
-        num_stages=2,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    if max_splits > 1:
+    if not whole:
         _combine_kernel[(num_seqs, num_heads)](
             parts,
             lse,
@@ -258,8 +347,9 @@ def _launch_paged_attention(
             max_splits,
             SLIDING_WINDOW=sliding_window,
             HEAD_DIM=head_dim,
-            SPLIT=SPLIT_TOKENS,
+            SPLIT=config.split,
             BLOCK_DIM=block_dim,
+            AT_ONCE=min(next_power_of_2(max_splits), _MERGED_AT_ONCE),
             num_warps=1,
         )
     return out

@@ -11,11 +11,15 @@ block; a sequence may have no query tokens.
 
 On the GPU: FlashAttention-2 tiling (Dao 2023, https://arxiv.org/abs/2307.08691) with the grid of vLLM's unified
 attention: tile i belongs to the last sequence s with query_start_loc[s] // BLOCK_Q + s <= i, found on the device by
-bisection, so the grid depends on shapes only. A tile packs BLOCK_Q tokens with all query heads of one KV head, and
-visits the KV tiles in its causal range.
+bisection, so the grid depends on shapes only. A tile packs BLOCK_Q tokens with all query heads of one KV head. First
+it visits the KV tiles that all its tokens see, without a mask, then the few around the diagonal. Both do the same
+arithmetic on what is visible, so that a token's result does not depend on where its chunk begins. Later tiles of a
+sequence have more to visit: they are started first.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,37 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels.common import INTERPRET, check_attention, check_index, next_power_of_2, register_op
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """How the work of one call is cut up on a GPU.
+
+    Attributes:
+        block_m: Query rows (tokens times query heads of a KV head) of a program; more where one token has more.
+        block_n: Tokens of the context that are loaded at a time.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline over the context.
+        registers: Limit on a thread's registers, so that more programs fit on a multiprocessor; None leaves it open.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int | None = None
+
+
+def prefill_config(head_dim: int, element_size: int) -> PrefillConfig:
+    """The configuration for a model."""
+    block_dim = next_power_of_2(head_dim)
+    if element_size == 4:  # no tensor cores: products in registers, which larger tiles would spill
+        if block_dim > 128:
+            return PrefillConfig(block_m=16, block_n=16, num_warps=8, num_stages=2)
+        return PrefillConfig(block_m=32, block_n=32, num_warps=8 if block_dim > 64 else 4, num_stages=2)
+    if block_dim > 128:
+        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
+    return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, registers=128)  # two programs at a time
 
 
 def paged_prefill_attention_reference(
@@ -75,6 +110,83 @@ def _gather(cache: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
 
 
 @triton.jit
+def _attend(
+    query,  # [BLOCK_M, BLOCK_DIM]
+    highest,  # [BLOCK_M]
+    total,  # [BLOCK_M]
+    acc,  # [BLOCK_M, BLOCK_DIM]
+    block,  # [BLOCK_N] block ids of the first tile
+    start,
+    stop,
+    end,  # one past the last position whose K/V may be read
+    position,  # [BLOCK_M]
+    dims,  # [BLOCK_DIM]
+    table,
+    key_base,
+    value_base,
+    kc_stride_block,
+    kc_stride_slot,
+    vc_stride_block,
+    vc_stride_slot,
+    scale_log2,
+    MASKED: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
+):
+    """The online softmax over the KV tiles from start to stop; unmasked, every row must see all of every tile."""
+    columns = tl.arange(0, BLOCK_N)
+    for kv_tile in range(start, stop, BLOCK_N):
+        target = kv_tile + columns  # [BLOCK_N]
+        slot = (target % BLOCK_SIZE).to(tl.int64)
+        key_rows = block.to(tl.int64) * kc_stride_block + slot * kc_stride_slot
+        value_rows = block.to(tl.int64) * vc_stride_block + slot * vc_stride_slot
+        key_source = key_base + key_rows[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_DIM]
+        value_source = value_base + value_rows[:, None] + dims[None, :]
+        if MASKED:
+            kv_mask = (target < end)[:, None] & (dims < HEAD_DIM)[None, :]
+            key = tl.load(key_source, mask=kv_mask, other=0.0)
+            value = tl.load(value_source, mask=kv_mask, other=0.0)
+        elif HEAD_DIM < BLOCK_DIM:
+            key = tl.load(key_source, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+            value = tl.load(value_source, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        else:
+            key = tl.load(key_source)
+            value = tl.load(value_source)
+        # The next tile's block ids, so that its keys need not wait for them.
+        following = target + BLOCK_N
+        block = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
+        if UPCAST_DOT:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores = products * scale_log2
+        if MASKED:
+            visible = target[None, :] <= position[:, None]
+            if SLIDING_WINDOW > 0:
+                visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        shift = new_highest
+        if MASKED:  # a row may see nothing of this tile and of those before it: subtract 0, not -inf
+            shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        # Spelt out as fma and masked after it: the compiler would fuse where nothing is masked, and only there.
+        minus_shift = tl.broadcast_to(-shift[:, None], products.shape)
+        weights = tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), minus_shift))
+        if MASKED:
+            weights = tl.where(visible, weights, 0.0)
+        rescale = tl.exp2(highest - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        highest = new_highest
+    return highest, total, acc, block
+
+
+@triton.jit
 def _prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_DIM], strided
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
@@ -85,6 +197,7 @@ def _prefill_kernel(
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM] contiguous
     num_seqs,
     num_heads,
+    num_kv_heads,
     q_stride_token,
     q_stride_head,
     kc_stride_block,
@@ -106,8 +219,10 @@ def _prefill_kernel(
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    # All heads of the last tile, then of the one before it: the longest first.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = program // num_kv_heads
+    kv_head = (program % num_kv_heads).to(tl.int64)
     # The last sequence whose first tile, start_loc[s] // BLOCK_Q + s, is <= tile: that sum rises strictly with s.
     low = tile * 0
     high = low + num_seqs
@@ -132,50 +247,59 @@ def _prefill_kernel(
     token = (q_start + local).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
     position = length - q_len + local  # [BLOCK_M]
-    dim_mask = dims < HEAD_DIM
-    q_mask = row_mask[:, None] & dim_mask[None, :]
+    q_mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = token * q_stride_token + heads * q_stride_head
     query = tl.load(query_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_DIM]
     if UPCAST_DOT:
         query = query.to(tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
 
-    end = length - q_len + tl.minimum(first + BLOCK_Q, q_len)  # one past the last position any row sees
+    # Positions up to `lowest` are seen by all rows, those from `end` on by none. A window hides some of the former
+    # from the later rows: every tile is masked then.
+    lowest = length - q_len + first
+    end = length - q_len + tl.minimum(first + BLOCK_Q, q_len)
     start = 0
+    diagonal = (lowest + 1) // BLOCK_N * BLOCK_N
     if SLIDING_WINDOW > 0:
-        start = tl.maximum(length - q_len + first - SLIDING_WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        start = tl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        diagonal = start
     key_base = key_cache_ptr + kv_head * kc_stride_head
     value_base = value_cache_ptr + kv_head * vc_stride_head
     table = block_table_ptr + seq.to(tl.int64) * table_stride
+    target = start + tl.arange(0, BLOCK_N)
+    block = tl.load(table + target // BLOCK_SIZE, mask=target < end, other=0)  # [BLOCK_N]
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
-    for kv_tile in range(start, end, BLOCK_N):
-        target = kv_tile + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        in_range = target < end
-        block = tl.load(table + target // BLOCK_SIZE, mask=in_range, other=0).to(tl.int64)
-        slot = (target % BLOCK_SIZE).to(tl.int64)
-        kv_mask = in_range[:, None] & dim_mask[None, :]
-        key_rows = block * kc_stride_block + slot * kc_stride_slot
-        value_rows = block * vc_stride_block + slot * vc_stride_slot
-        key = tl.load(key_base + key_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
-        value = tl.load(value_base + value_rows[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        if UPCAST_DOT:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
-        visible = target[None, :] <= position[:, None]
-        if SLIDING_WINDOW > 0:
-            visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        # A row may see nothing of this tile and of those before it: subtract 0, not -inf; its weights are 0.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - shift[:, None])
-        rescale = tl.exp2(highest - shift)
-        total = total * rescale + tl.sum(weights, axis=1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-        highest = new_highest
+    for masked in tl.static_range(0 if SLIDING_WINDOW == 0 else 1, 2):
+        highest, total, acc, block = _attend(
+            query,
+            highest,
+            total,
+            acc,
+            block,
+            start if masked == 0 else diagonal,
+            diagonal if masked == 0 else end,
+            end,
+            position,
+            dims,
+            table,
+            key_base,
+            value_base,
+            kc_stride_block,
+            kc_stride_slot,
+            vc_stride_block,
+            vc_stride_slot,
+            scale_log2,
+            MASKED=masked == 1,
+            SLIDING_WINDOW=SLIDING_WINDOW,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_SIZE=BLOCK_SIZE,
+            BLOCK_DIM=BLOCK_DIM,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
+            UPCAST_DOT=UPCAST_DOT,
+        )
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 only in rows that are not stored
     out_rows = (token * num_heads + heads) * HEAD_DIM
@@ -191,6 +315,8 @@ def _launch_paged_prefill_attention(
     query_start_loc: Tensor,
     scale: float,
     sliding_window: int,
+    *,
+    config: PrefillConfig | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
@@ -198,14 +324,12 @@ def _launch_paged_prefill_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens == 0 or num_seqs == 0:
         return out
+    config = config or prefill_config(head_dim, query.element_size())
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     group = num_heads // num_kv_heads
-    block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
-    exact = query.dtype == torch.float32  # no tensor cores: products in registers, which larger tiles would spill
-    small_tile = exact or block_dim > 128
-    block_m = max(16 if exact and block_dim > 128 else 32 if small_tile else 128, next_power_of_2(group))
+    block_m = max(config.block_m, next_power_of_2(group))
     block_q = block_m // group
-    _prefill_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](
+    _prefill_kernel[((num_tokens // block_q + num_seqs) * num_kv_heads,)](
         query,
         key_cache,
         value_cache,
@@ -215,6 +339,7 @@ def _launch_paged_prefill_attention(
         out,
         num_seqs,
         num_heads,
+        num_kv_heads,
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),
@@ -231,12 +356,13 @@ def _launch_paged_prefill_attention(
         BLOCK_SIZE=block_size,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
-        BLOCK_DIM=block_dim,
-        BLOCK_N=16 if exact and block_dim > 128 else 32,
-        PRECISION="ieee" if exact else "tf32",
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)),  # tl.dot needs 16 columns
+        BLOCK_N=config.block_n,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
-        num_warps=4 if small_tile and not (exact and block_dim > 64) else 8,
-        num_stages=2,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.registers,
     )
     return out
 

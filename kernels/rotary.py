@@ -30,10 +30,11 @@ def apply_rotary_emb_reference(
     shape = (*position_ids.shape, 1, cos.shape[1])
     c = cos.index_select(0, flat).view(shape)  # [..., 1, D/2]
     s = sin.index_select(0, flat).view(shape)
-    return _rotate(q, c, s), _rotate(k, c, s)
+    return rotate_half(q, c, s), rotate_half(k, c, s)
 
 
-def _rotate(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def rotate_half(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """The rotation of x [..., heads, D] by c and s [..., 1, D/2], in plain torch."""
     x1, x2 = x.float().chunk(2, -1)  # [..., heads, D/2] each
     out = torch.cat(((x1 * c).addcmul_(x2, s, value=-1), (x2 * c).addcmul_(x1, s)), -1)
     return out.to(x.dtype)

@@ -177,7 +177,7 @@ def test_the_graph_can_be_printed(weights: Weights) -> None:
     inputs = tuple(tensor.clone() for tensor in (rows.token_ids, rows.seq_lens, rows.block_tables))  # no views
     with torch.no_grad():
         text = torch.export.export(Module(), inputs).graph_module.print_readable(print_output=False)
-    for op in ("paged_attention", "store_kv"):
+    for op in ("paged_attention", "qk_norm_rope_store"):
         assert text.count(f"torch.ops.mini_infer.{op}.default(") == spec.num_layers
     assert text.count("torch.ops.mini_infer.sample.default(") == 1
 

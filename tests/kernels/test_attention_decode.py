@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from mini_infer.kernels import paged_attention
-from mini_infer.kernels.attention_decode import SPLIT_TOKENS, _launch_paged_attention, paged_attention_reference
+from mini_infer.kernels.attention_decode import (
+    SPLIT_TOKENS,
+    DecodeConfig,
+    _launch_paged_attention,
+    decode_config,
+    paged_attention_reference,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -89,6 +95,47 @@ def test_row_does_not_depend_on_the_batch(backend, make_cache):
             torch.testing.assert_close(alone, together[seq : seq + 1])
         else:
             assert torch.equal(alone, together[seq : seq + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [0, 70])
+def test_programs_do_not_change_a_row(backend, make_cache, assert_close, window, dtype):
+    """A program for every split, for every second one, and one for all, which merges them itself: bit-equal."""
+    if backend.name == "cpu":
+        pytest.skip("Triton's way to share out the work")
+    lens = [1, 32, 33, 64, 200]
+    cache = make_cache(lens, 2, 64, 16, dtype, backend.device, max_blocks=14)
+    query = torch.randn(len(lens), 6, 64, device=backend.device).to(dtype)
+    args = query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens, 0.125, window
+    outs = []
+    for programs in (1, 20, 40, 1000):
+        config = DecodeConfig(split=32, block_n=16, num_warps=4, num_stages=2, programs=programs)
+        outs.append(_launch_paged_attention(*args, config=config))
+    assert_close("out", outs[0], expected_attention(query, cache, window=window))
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="multiple of block_n 64, got 96"):
+        DecodeConfig(split=96, block_n=64, num_warps=4, num_stages=2, programs=1)
+    for head_dim in (8, 64, 80, 128, 256):
+        for element_size in (2, 4):
+            assert decode_config(head_dim, element_size).split == SPLIT_TOKENS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_does_not_depend_on_a_large_batch(make_cache, dtype):
+    """A row alone, in a batch and in a larger one: its splits go to many programs, to few, to one."""
+    lens = [4000, 1, 256, 700] + [40] * 300
+    cache = make_cache(lens, 4, 128, 16, dtype, torch.device("cuda"))
+    query = torch.randn(len(lens), 16, 128, device="cuda").to(dtype)
+    caches = cache.key_cache, cache.value_cache
+    together = paged_attention(query, *caches, cache.block_tables, cache.context_lens)
+    for rows in (1, 4, 60, 100):
+        part = paged_attention(query[:rows], *caches, cache.block_tables[:rows], cache.context_lens[:rows])
+        assert torch.equal(part, together[:rows])
 
 
 def test_cpu_groups_ragged_rows(make_cache, assert_close, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mini_infer.kernels import paged_attention, paged_prefill_attention
-from mini_infer.kernels.attention_prefill import _launch_paged_prefill_attention
+from mini_infer.kernels.attention_prefill import PrefillConfig, _launch_paged_prefill_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -97,6 +97,22 @@ def test_chunking_does_not_change_a_token(backend, make_cache):
         assert torch.equal(torch.cat(parts), whole)
     else:
         torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_full_and_masked_tiles(backend, make_cache, assert_close, window):
+    """Contexts of many small tiles, most of them seen whole, and chunks that start anywhere in a tile."""
+    if backend.name == "cpu":
+        pytest.skip("Triton's tiles")
+    lens, q_lens = [70, 47, 48, 49], [70, 15, 16, 1]
+    cache = make_cache(lens, 2, 64, 8, torch.float32, backend.device)
+    query = torch.randn(sum(q_lens), 4, 64, device=backend.device)
+    starts = torch.tensor([0, *q_lens]).cumsum(0).to(device=backend.device, dtype=torch.int32)
+    args = query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens, starts, 0.125, window
+    expected = expected_attention(query, cache, q_lens, window=window)
+    for block_m, block_n in ((16, 16), (32, 16), (16, 32)):
+        config = PrefillConfig(block_m, block_n, num_warps=4, num_stages=2)
+        assert_close("out", _launch_paged_prefill_attention(*args, config=config), expected)
 
 
 def test_single_tokens_agree_with_decode(make_cache):

@@ -32,7 +32,8 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     return kernel
 
 JITFunction.run = compile_only
-from mini_infer.kernels import activation, attention_decode, attention_prefill, kv_store, norm, rotary, sampling
+from mini_infer.kernels import activation, attention_decode, attention_prefill, kv_store, norm, qkv_prologue, rotary
+from mini_infer.kernels import sampling
 
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 x = torch.randn(4, 2048).bfloat16()
@@ -47,12 +48,21 @@ kv_store._launch_store_kv(k, k, cache, cache, slots)
 for window in (0, 100):
     attention_decode._launch_paged_attention(q, cache, cache, tables, lens, 0.1, window)
     attention_prefill._launch_paged_prefill_attention(q, cache, cache, tables, lens, ints(0, 1, 2, 3, 4), 0.1, window)
-attention_decode._launch_paged_attention(q[:1], cache, cache, tables[:1, :4], lens[:1], 0.1, 0)
+attention_decode._launch_paged_attention(q[:1], cache, cache, tables[:1, :4], lens[:1], 0.1, 0)  # one split
 attention_prefill._launch_paged_prefill_attention(q[:1], cache, cache, tables[:1], lens[:1], ints(0, 1), 0.1, 0)
+for dtype, dim in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 128), (torch.bfloat16, 256)):
+    q, cache = torch.randn(4, 6, dim).to(dtype), torch.randn(9, 2, 16, dim).to(dtype)
+    attention_decode._launch_paged_attention(q, cache, cache, tables, lens, 0.1, 0)
+    attention_prefill._launch_paged_prefill_attention(q, cache, cache, tables, lens, ints(0, 1, 2, 3, 4), 0.1, 0)
+    table, weight, qkv = torch.randn(9, dim // 2), q[0, 0], torch.randn(4, 10 * dim).to(dtype)
+    for norm_weight in (None, weight):
+        qkv_prologue._launch_prepare_qkv(
+            qkv, norm_weight, norm_weight, table, table, slots, cache, cache, slots, 6, 1e-6
+        )
 f = torch.ones(4)
 sampling._launch_sample(torch.randn(4, 9000).bfloat16(), f, f.int(), f, f, slots, slots)
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
-assert len(set(compiled)) == 9, set(compiled)
+assert len(set(compiled)) == 10, set(compiled)
 """
 
 

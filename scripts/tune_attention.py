@@ -1,0 +1,300 @@
+"""Measure how decode and prefill attention should be cut up on this GPU.
+
+    python scripts/tune_attention.py
+    python scripts/tune_attention.py --only decode --all
+
+Every candidate runs as in a step: captured in a CUDA graph, its K/V out of the cache (the calls rotate among block
+tables that together name more than the L2 cache holds), the tables shuffled over a large pool. It must agree with the
+float32 reference before it is timed. The kernels are compiled first, in one process per core, into Triton's cache.
+
+One configuration serves all batches of a model, so that a row's result does not depend on its neighbours: the ranking
+over all shapes at the end is what `decode_config` and `prefill_config` should follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+from tune_linear import compile_only, first_line, relative_error
+
+from mini_infer.kernels.attention_decode import (
+    DecodeConfig,
+    _launch_paged_attention,
+    decode_config,
+    paged_attention_reference,
+)
+from mini_infer.kernels.attention_prefill import (
+    PrefillConfig,
+    _launch_paged_prefill_attention,
+    paged_prefill_attention_reference,
+    prefill_config,
+)
+
+KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 128, 16
+TOKEN_BYTES = KV_HEADS * HEAD_DIM * 2 * 2  # K and V of a token in 16 bits
+MAX_BLOCKS = 256  # width of the block tables: sequences of 4096 tokens
+POOL_BLOCKS = 80_000
+COLD_BYTES = 160 << 20  # more than twice the 60 MB L2 of an H200
+PEAK_TB = 4.58
+REPLAYS = 7
+TOLERANCE = 1e-2
+HEADS = {"8b": 32, "0.6b": 16}
+PROGRAMS = (512, 1024, 2048, 4096, 8192)
+
+Config: TypeAlias = DecodeConfig | PrefillConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch: sequences of these many tokens, all of them new if it is a prefill, else one."""
+
+    name: str
+    heads: int
+    lens: tuple[int, ...]
+    prefill: bool
+
+    @property
+    def work(self) -> float:
+        """Bytes of K/V that decode reads, or operations of causal prefill."""
+        if self.prefill:
+            return sum(2 * 2 * HEAD_DIM * self.heads * length**2 / 2 for length in self.lens)
+        return float(sum(self.lens) * TOKEN_BYTES)
+
+
+def shapes(model: str, prefill: bool) -> list[Shape]:
+    """The batches to measure."""
+    rng = random.Random(0)
+    if prefill:
+        batches = {f"{n}x{length}": (length,) * n for n, length in ((4, 2048), (1, 8192), (16, 512), (1, 512))}
+    else:
+        counts = ((1, 192), (1, 1000), (8, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
+        batches = {f"{rows}x{context}": (context,) * rows for rows, context in counts}
+        batches["256 ragged"] = tuple(rng.randint(16, 4000) for _ in range(256))
+    return [Shape(f"{model} {name}", HEADS[model], lens, prefill) for name, lens in batches.items()]
+
+
+def decode_candidates() -> list[DecodeConfig]:
+    """(split, block_n, num_warps, num_stages); the number of programs is swept afterwards."""
+    tiles = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 2, 2), (64, 2, 3), (128, 4, 2), (128, 8, 2)]
+    tiles += [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 1, 3), (32, 1, 4)]
+    programs = decode_config(HEAD_DIM, 2).programs
+    configs = [DecodeConfig(split, *tile, programs) for split in (128, 256) for tile in tiles]
+    return [*configs, DecodeConfig(64, 64, 4, 3, programs), DecodeConfig(512, 64, 4, 3, programs)]
+
+
+def prefill_candidates() -> list[PrefillConfig]:
+    """(block_m, block_n, num_warps, num_stages, registers)."""
+    wide = [(128, 32, 8, 2, None), (128, 32, 8, 2, 128), (128, 32, 8, 3, 128), (128, 64, 8, 2, None)]
+    wide += [(128, 64, 8, 3, None), (128, 64, 8, 2, 128), (128, 128, 8, 2, None), (128, 128, 8, 3, None)]
+    narrow = [(64, 32, 4, 2, None), (64, 32, 4, 3, None), (64, 64, 4, 2, None), (64, 64, 4, 3, None)]
+    return [PrefillConfig(*sizes) for sizes in wide + narrow]
+
+
+def label(config: Config) -> str:
+    """Short form of a configuration."""
+    if isinstance(config, DecodeConfig):
+        sizes = f"split {config.split} n{config.block_n} w{config.num_warps} s{config.num_stages}"
+        return f"{sizes} p{config.programs}"
+    sizes = f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages}"
+    return sizes if config.registers is None else f"{sizes} r{config.registers}"
+
+
+class Batch:
+    """The tensors of a shape, with one block table for each call that a graph holds."""
+
+    def __init__(self, shape: Shape, pool: Tensor, device: str, copies: int) -> None:
+        self.shape = shape
+        self.key_cache, self.value_cache = pool[0], pool[1]
+        rows, longest = len(shape.lens), -(-max(shape.lens) // BLOCK_SIZE)
+        width = max(MAX_BLOCKS, longest)
+        self.tables = torch.zeros(copies, rows, width, dtype=torch.int32, device=device)
+        used = 0
+        ids = torch.randperm(pool.shape[1] - 1, device=device) + 1 if device == "cuda" else None
+        for copy in range(copies if ids is not None else 0):
+            if used + rows * longest > pool.shape[1] - 1:
+                used = 0
+            self.tables[copy, :, :longest] = ids[used : used + rows * longest].view(rows, longest)  # type: ignore[index]
+            used += rows * longest
+        self.lens = torch.tensor(shape.lens, dtype=torch.int32, device=device)
+        self.starts = torch.tensor([0, *shape.lens], device=device).cumsum(0).to(torch.int32)
+        tokens = sum(shape.lens) if shape.prefill else rows
+        self.query = torch.empty(tokens, shape.heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        if device == "cuda":
+            self.query.normal_()
+
+    def run(self, config: Config, copy: int = 0) -> Tensor:
+        """One call."""
+        args = self.query, self.key_cache, self.value_cache, self.tables[copy], self.lens
+        scale = HEAD_DIM**-0.5
+        if isinstance(config, PrefillConfig):
+            return _launch_paged_prefill_attention(*args, self.starts, scale, 0, config=config)
+        return _launch_paged_attention(*args, scale, 0, config=config)
+
+    def expected(self) -> Tensor:
+        """What call 0 should give."""
+        args = self.query.float(), self.key_cache, self.value_cache, self.tables[0], self.lens
+        if self.shape.prefill:
+            return paged_prefill_attention_reference(*args, self.starts, HEAD_DIM**-0.5)
+        return paged_attention_reference(*args, HEAD_DIM**-0.5)
+
+
+def compile_all(jobs: Sequence[tuple[Shape, Config]], arch: int) -> None:
+    """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
+    begun = time.perf_counter()
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(cores, initializer=compile_only, initargs=(arch,)) as pool:
+        failures = [text for text in pool.imap_unordered(compile_one, jobs) if text]
+    print(f"compiled {len(jobs)} cases on {cores} cores in {time.perf_counter() - begun:.1f} s")
+    for text in failures:
+        print(f"  not compiled: {text}")
+
+
+def compile_one(job: tuple[Shape, Config]) -> str:
+    """Compile one candidate. Returns what went wrong, or nothing."""
+    shape, config = job
+    try:  # the pool is never touched, so never backed by memory
+        pool = torch.empty(2, POOL_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
+        Batch(shape, pool, "cpu", 1).run(config)
+    except Exception as error:  # the compiler raises many kinds
+        return f"{shape.name} {label(config)}: {first_line(error)}"
+    return ""
+
+
+def cases(batches: Sequence[Shape], configs: Sequence[Config]) -> list[tuple[Shape, Config]]:
+    """One case for each kernel that the measurements need: shapes that share their specialisation count once."""
+    unique: dict[tuple[object, ...], tuple[Shape, Config]] = {}
+    for shape in batches:
+        for config in configs:
+            key: tuple[object, ...] = config, shape.heads, len(shape.lens) == 1, len(shape.lens) % 16 == 0
+            if isinstance(config, DecodeConfig):
+                whole = config.programs < 2 * len(shape.lens) * KV_HEADS
+                key = replace(config, programs=1), shape.heads, whole
+            unique.setdefault(key, (shape, config))
+    return list(unique.values())
+
+
+def measure(call: Callable[[int], Tensor], copies: int) -> float:
+    """Microseconds of one call; `call` takes the number of the block table."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            call(copy)
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    for event in events:
+        event.record()
+        if event is not events[-1]:
+            graph.replay()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return float(statistics.median(times)) * 1e3 / copies
+
+
+def sweep(batches: Sequence[Shape], configs: Sequence[Config], pool: Tensor, show_all: bool) -> dict[Config, float]:
+    """Time every configuration on every shape and print the table.
+
+    Returns:
+        For each configuration that ran everywhere, its time over the best of each shape (geometric mean).
+    """
+    times: dict[Config, list[float]] = {config: [] for config in configs}
+    for shape in batches:
+        copies = 3 if shape.prefill else min(128, max(3, COLD_BYTES // int(shape.work)))
+        batch = Batch(shape, pool, "cuda", copies)
+        expected = batch.expected()
+        for config in configs:
+
+            def call(copy: int, batch: Batch = batch, config: Config = config) -> Tensor:
+                return batch.run(config, copy)
+
+            try:
+                error = relative_error(batch.run(config), expected)
+                if not error < TOLERANCE:
+                    print(f"  WRONG: {shape.name} {label(config)}: relative error {error:.3g}")
+                else:
+                    times[config].append(measure(call, copies))
+                    continue
+            except Exception as failure:  # a tile that does not fit the GPU, in one of many ways
+                print(f"  failed: {shape.name} {label(config)}: {first_line(failure)}")
+            times[config].append(math.inf)
+        ranked = sorted(configs, key=lambda config: times[config][-1])
+        for place, config in enumerate(ranked if show_all else ranked[:3]):
+            us = times[config][-1]
+            if shape.prefill:
+                rate = f"{shape.work / us / 1e6:>8.0f} TFLOP/s"
+            else:
+                tb = shape.work / us / 1e6
+                rate = f"{tb:>8.2f} TB/s {100 * tb / PEAK_TB:>4.0f} %"
+            name = shape.name if place == 0 else ""
+            print(f"{name:<18}{label(config):<30}{us:>9.2f} us{rate}", flush=True)
+    best = [min(column) for column in zip(*times.values(), strict=True)]
+    ratios = {
+        config: math.exp(statistics.fmean(math.log(us / least) for us, least in zip(column, best, strict=True)))
+        for config, column in times.items()
+        if math.inf not in column
+    }
+    print("\ntime over the best of each shape, geometric mean and worst:")
+    for config in sorted(ratios, key=ratios.__getitem__)[: len(ratios) if show_all else 8]:
+        worst = max(us / least for us, least in zip(times[config], best, strict=True))
+        each = " ".join(f"{us:.1f}" for us in times[config])
+        print(f"  {label(config):<30}{ratios[config]:>6.3f}{worst:>7.2f}   us: {each}")
+    print()
+    return ratios
+
+
+def main() -> None:
+    """Compile, measure, print."""
+    arguments = parse()
+    begun = time.perf_counter()
+    decode = [shape for model in arguments.models for shape in shapes(model, prefill=False)]
+    prefill = [shape for model in arguments.models for shape in shapes(model, prefill=True)]
+    jobs: list[tuple[Shape, Config]] = []
+    if arguments.only != "prefill":
+        jobs += cases(decode, decode_candidates())
+    if arguments.only != "decode":
+        jobs += cases(prefill, prefill_candidates())
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    compile_all(jobs, int(capability.split()[0].replace(".", "")))
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16\n")
+    torch.manual_seed(0)
+    pool = torch.empty(2, POOL_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16).normal_()
+    if arguments.only != "prefill":
+        print(f"decode; default {label(decode_config(HEAD_DIM, 2))}")
+        ratios = sweep(decode, decode_candidates(), pool, arguments.all)
+        chosen = min(ratios, key=ratios.__getitem__)
+        if isinstance(chosen, DecodeConfig):
+            print("the best of these by number of programs")
+            sweep(decode, [replace(chosen, programs=programs) for programs in PROGRAMS], pool, arguments.all)
+    if arguments.only != "decode":
+        print(f"prefill; default {label(prefill_config(HEAD_DIM, 2))}")
+        sweep(prefill, prefill_candidates(), pool, arguments.all)
+    print(f"{time.perf_counter() - begun:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS), help="whose shapes")
+    parser.add_argument("--only", choices=("decode", "prefill"), help="one of the two")
+    parser.add_argument("--all", action="store_true", help="print every candidate's time")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
