@@ -19,8 +19,8 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeRows, SamplingRows
 from mini_infer.kernels.attention_decode import paged_attention
 from mini_infer.kernels.attention_prefill import paged_prefill_attention
-from mini_infer.kernels.linear import linear, linear_silu_mul
-from mini_infer.kernels.norm import add_rmsnorm, rmsnorm
+from mini_infer.kernels.decode_frame import embed_rows
+from mini_infer.kernels.linear import add_linear, norm_linear
 from mini_infer.kernels.qkv_prologue import prepare_qkv
 from mini_infer.kernels.sampling import sample
 
@@ -40,16 +40,15 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
     Returns:
         (token ids [rows] int64, their log probabilities [rows] float32).
     """
-    positions = rows.seq_lens.long() - 1  # [rows]
-    block_size = kv.blocks.shape[4]
-    blocks = rows.block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
-    slots = blocks * block_size + positions % block_size  # [rows]
+    hidden, positions, slots = embed_rows(
+        rows.token_ids, rows.seq_lens, rows.block_tables, params.embedding, kv.blocks.shape[4]
+    )
 
     def attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, window: int) -> Tensor:
         return paged_attention(query, key_cache, value_cache, rows.block_tables, rows.seq_lens, sliding_window=window)
 
-    hidden = _layers(spec, params, kv, rows.token_ids, positions, slots, attend)
-    return _sample(params, hidden, rows.sampling, rows.seq_lens)
+    _layers(spec, params, kv, hidden, positions, slots, attend)
+    return _sample(spec, params, hidden, rows.sampling, rows.seq_lens)
 
 
 def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> tuple[Tensor, Tensor]:
@@ -66,12 +65,12 @@ def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillIn
     """
 
     hidden = _prefill_hidden(spec, params, kv, inputs)
-    return _sample(params, hidden[inputs.last_tokens], inputs.sampling, inputs.context_lens)
+    return _sample(spec, params, hidden[inputs.last_tokens], inputs.sampling, inputs.context_lens)
 
 
 def prefill_logits(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
     """Logits of every token of a prefill step, [num_tokens, vocab_size]; for comparing models, not for serving."""
-    return linear(_prefill_hidden(spec, params, kv, inputs), params.head)
+    return norm_linear(_prefill_hidden(spec, params, kv, inputs), params.norm, spec.rms_norm_eps, params.head)
 
 
 def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
@@ -86,25 +85,25 @@ def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: Prefil
             sliding_window=window,
         )
 
-    return _layers(spec, params, kv, inputs.token_ids, inputs.positions, inputs.slot_mapping.long(), attend)
+    hidden = F.embedding(inputs.token_ids, params.embedding)
+    _layers(spec, params, kv, hidden, inputs.positions, inputs.slot_mapping, attend)
+    return hidden
 
 
 def _layers(
     spec: ModelSpec,
     params: Params,
     kv: KVCache,
-    token_ids: Tensor,
+    hidden: Tensor,
     positions: Tensor,
     slots: Tensor,
     attend: Attention,
-) -> Tensor:
-    """Embedding to final norm: token ids [num_tokens] to hidden states [num_tokens, hidden_size]."""
-    residual = F.embedding(token_ids, params.embedding)
-    hidden = rmsnorm(residual, params.layers[0].input_norm, spec.rms_norm_eps)
+) -> None:
+    """All layers. Each half adds its result to the residual stream ``hidden`` [num_tokens, hidden_size] in place."""
     for index, layer in enumerate(params.layers):
         key_cache, value_cache = kv.layers[index]
         query = prepare_qkv(
-            linear(hidden, layer.qkv),
+            norm_linear(hidden, layer.input_norm, spec.rms_norm_eps, layer.qkv),
             layer.q_norm,
             layer.k_norm,
             params.cos,
@@ -117,17 +116,15 @@ def _layers(
             spec.rms_norm_eps,
         )
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
-        hidden = linear(attended.flatten(1), layer.o)
-        hidden, residual = add_rmsnorm(hidden, residual, layer.post_norm, spec.rms_norm_eps)
-        hidden = linear(linear_silu_mul(hidden, layer.gate_up), layer.down)
-        last = index + 1 == spec.num_layers
-        next_norm = params.norm if last else params.layers[index + 1].input_norm
-        hidden, residual = add_rmsnorm(hidden, residual, next_norm, spec.rms_norm_eps)
-    return hidden
+        add_linear(hidden, attended.flatten(1), layer.o)
+        gated = norm_linear(hidden, layer.post_norm, spec.rms_norm_eps, layer.gate_up, gated=True)
+        add_linear(hidden, gated, layer.down)
 
 
-def _sample(params: Params, hidden: Tensor, sampling: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:
-    logits = linear(hidden, params.head)  # [rows, vocab_size]
+def _sample(
+    spec: ModelSpec, params: Params, hidden: Tensor, sampling: SamplingRows, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits = norm_linear(hidden, params.norm, spec.rms_norm_eps, params.head)  # [rows, vocab_size]
     return sample(
         logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seeds, positions
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.decode_frame import advance_rows
 from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SEED, edit_rows
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import ExtendRow, MoveRow, PlaceRow, RowEdit
@@ -57,10 +58,13 @@ class DecodeRows:
     active: Tensor
     sampling: SamplingRows
 
-    def advance(self, token_ids: Tensor) -> None:
-        """After a step: the new tokens are at hand, one token longer. Padded rows stay as they are."""
-        self.token_ids.copy_(token_ids * self.active)
-        self.seq_lens.add_(self.active)
+    def advance(self, token_ids: Tensor, logprobs: Tensor) -> Tensor:
+        """After a step: the new tokens are at hand, one token longer. Padded rows stay as they are.
+
+        Returns:
+            The new tokens for the host, as `Steps` gives them.
+        """
+        return advance_rows(self.token_ids, self.seq_lens, self.active, token_ids, logprobs)
 
 
 class DecodeState:

@@ -46,15 +46,13 @@ class Model:
     def run_decode(self, bucket: int) -> Tensor:
         """A decode step on the device alone: nothing of it depends on the host."""
         rows = self.state.rows(bucket)
-        token_ids, logprobs = decode_step(self.spec, self.params, self.kv, rows)
-        rows.advance(token_ids)
-        return _packed(token_ids, logprobs)
+        return rows.advance(*decode_step(self.spec, self.params, self.kv, rows))
 
     def run_prefill(self, inputs: PrefillInputs) -> Tensor:
         """A prefill step on the device alone."""
         token_ids, logprobs = prefill_step(self.spec, self.params, self.kv, inputs)
         self.state.token_ids.index_copy_(0, inputs.rows.long(), token_ids)
-        return _packed(token_ids, logprobs)
+        return torch.stack((token_ids.int(), logprobs.view(torch.int32)), dim=1)
 
 
 class EagerSteps:
@@ -89,8 +87,3 @@ class EagerSteps:
         )
         buffer.fill(chunks)
         return self._model.run_prefill(buffer.inputs)
-
-
-def _packed(token_ids: Tensor, logprobs: Tensor) -> Tensor:
-    """[rows, 2] int32: one small copy brings both to the host."""
-    return torch.stack((token_ids.int(), logprobs.view(torch.int32)), dim=1)

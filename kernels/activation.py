@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import check_floating, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import release, wait
 
 
 def silu_and_mul_reference(x: Tensor) -> Tensor:
@@ -30,7 +32,10 @@ def _silu_and_mul_kernel(
     x_stride_row,
     INTERMEDIATE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
+    wait(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < INTERMEDIATE
@@ -49,7 +54,13 @@ def _launch_silu_and_mul(x: Tensor) -> Tensor:
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous().view(-1, 2 * intermediate)
     block = min(next_power_of_2(intermediate), 1024)
     _silu_and_mul_kernel[(rows.shape[0], -(-intermediate // block))](
-        rows, out, rows.stride(0), INTERMEDIATE=intermediate, BLOCK=block, num_warps=4
+        rows,
+        out,
+        rows.stride(0),
+        INTERMEDIATE=intermediate,
+        BLOCK=block,
+        num_warps=4,
+        **dependent_launch.options(),
     )
     return out
 

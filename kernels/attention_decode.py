@@ -25,9 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import INTERPRET, cdiv, check_attention, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import prefetch, release, wait
 
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 64
+MAX_SPLITS = 256
 _MERGED_AT_ONCE = 8  # splits whose loads the merging kernel has in flight
 _CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
 
@@ -56,14 +59,19 @@ class DecodeConfig:
             raise ValueError(f"split must be a multiple of block_n {self.block_n}, got {self.split}")
 
 
-def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
-    """The configuration for a model. It must not depend on the batch: a row's result would come to depend on it too."""
+def decode_config(head_dim: int, element_size: int, max_tokens: int) -> DecodeConfig:
+    """The configuration for a model and its longest sequence.
+
+    It must not depend on the batch: a row's result would come to depend on it too.
+    """
     block_dim = next_power_of_2(head_dim)
+    # Short pieces give few rows enough programs, and longer ones bound what long sequences need for the pieces' results.
+    split = max(SPLIT_TOKENS, next_power_of_2(cdiv(max_tokens, MAX_SPLITS)))
     if element_size == 4:  # no tensor cores: products in registers, which larger tiles would spill
         block_n = 16 if block_dim > 128 else 32
-        return DecodeConfig(SPLIT_TOKENS, block_n, num_warps=8 if block_dim > 64 else 4, num_stages=2, programs=1024)
+        return DecodeConfig(split, block_n, num_warps=8 if block_dim > 64 else 4, num_stages=2, programs=512)
     block_n = 32 if block_dim > 128 else 64
-    return DecodeConfig(SPLIT_TOKENS, block_n, num_warps=4, num_stages=3, programs=1024)
+    return DecodeConfig(split, block_n, num_warps=4, num_stages=2, programs=512)
 
 
 def paged_attention_reference(
@@ -140,7 +148,9 @@ def _split_kernel(
     WHOLE: tl.constexpr,  # one program takes all splits of a row's head
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     TILES: tl.constexpr = SPLIT // BLOCK_N
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -152,10 +162,8 @@ def _split_kernel(
     heads = kv_head * GROUP + group
 
     # The loads that do not wait for the length come before it is used. Table entries past it are loaded, not followed.
+    # Neither lengths nor tables are written while a step's layers run.
     length = tl.load(context_len_ptr + seq).to(tl.int32)
-    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_source = query_ptr + seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
-    query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
     lowest = 0  # the first position that the query sees
     if SLIDING_WINDOW > 0:
         lowest = tl.maximum(length - SLIDING_WINDOW, 0)
@@ -166,15 +174,27 @@ def _split_kernel(
     block_index = (split * SPLIT + first_tile * BLOCK_N + columns) // BLOCK_SIZE
     block = tl.load(table + block_index, mask=block_index < max_blocks, other=0)  # [BLOCK_N]
     num_splits = tl.cdiv(length, SPLIT)
+    key_base = key_cache_ptr + kv_head * kc_stride_head
+    value_base = value_cache_ptr + kv_head * vc_stride_head
+    if DEPENDENT:
+        # The first tile's K/V into the L2 cache, which the other kernels' writes go through too.
+        follow = split * SPLIT + first_tile * BLOCK_N + columns < length
+        here = tl.where(follow, block, 0).to(tl.int64)  # of the null block where there is nothing
+        line = tl.arange(0, (BLOCK_DIM + 63) // 64) * 64
+        slot = (columns % BLOCK_SIZE).to(tl.int64)
+        prefetch(key_base + (here * kc_stride_block + slot * kc_stride_slot)[:, None] + line[None, :])
+        prefetch(value_base + (here * vc_stride_block + slot * vc_stride_slot)[:, None] + line[None, :])
+    wait(DEPENDENT)
     if split >= num_splits:
         return
 
+    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_source = query_ptr + seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
+    query = tl.load(q_source, mask=q_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
     if UPCAST_DOT:
         query = query.to(tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
     row = seq * num_heads + heads  # [BLOCK_GROUP]
-    key_base = key_cache_ptr + kv_head * kc_stride_head
-    value_base = value_cache_ptr + kv_head * vc_stride_head
     # This program's splits are split, split + split_stride, ...: how many there are depends on the batch, what each
     # gives does not. Their tiles are one loop, so that the loads run on from one split into the next.
     more = (num_splits - 1 - split) // split_stride
@@ -248,7 +268,9 @@ def _combine_kernel(
     SPLIT: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     seq = tl.program_id(0).to(tl.int64)
     row = seq * num_heads + tl.program_id(1)
     dims = tl.arange(0, BLOCK_DIM)
@@ -257,6 +279,7 @@ def _combine_kernel(
     if SLIDING_WINDOW > 0:
         first = tl.maximum(length - SLIDING_WINDOW, 0) // SPLIT
     num_splits = tl.cdiv(length, SPLIT)
+    wait(DEPENDENT)
     if first + 1 == num_splits:
         return  # the row's only split wrote the output itself
     highest = tl.full([1], float("-inf"), tl.float32)
@@ -289,10 +312,10 @@ def _launch_paged_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_seqs == 0:
         return out
-    config = config or decode_config(head_dim, query.element_size())
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     context_lens = context_lens.contiguous()
     max_blocks = block_tables.shape[1]
+    config = config or decode_config(head_dim, query.element_size(), max_blocks * block_size)
     max_splits = cdiv(max_blocks * block_size, config.split)
     split_programs = min(max_splits, max(1, config.programs // (num_seqs * num_kv_heads)))
     whole = split_programs == 1
@@ -336,6 +359,7 @@ def _launch_paged_attention(
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **dependent_launch.options(),
     )
     if not whole:
         _combine_kernel[(num_seqs, num_heads)](
@@ -351,6 +375,7 @@ def _launch_paged_attention(
             BLOCK_DIM=block_dim,
             AT_ONCE=min(next_power_of_2(max_splits), _MERGED_AT_ONCE),
             num_warps=1,
+            **dependent_launch.options(),
         )
     return out
 

@@ -1,11 +1,16 @@
-"""The matrix product of a decoder layer: y = x @ weight.T + bias, alone or with silu(gate) * up taken of its result.
+"""The matrix products of a decoder layer, y = x @ weight.T + bias, with the RMSNorm, gate or residual add beside them.
+
+    norm_linear(x, norm)          = linear(rmsnorm(x))
+    norm_linear(x, norm) gated    = silu(g) * u,  [g, u] = linear(rmsnorm(x))
+    add_linear(residual, x)       : residual += linear(x)
 
 On the CPU in float32 `pack_linear` reorders a weight once into oneDNN's blocked layout; the product then runs 2 to 3
 times faster than `F.linear` at 1 to 256 rows (measured on two EPYC cores), which is most of a CPU decode step. The
 plain weight is dropped, so no memory is spent twice.
 
 On a GPU `with_tiles` attaches to a weight which of the kernels of `skinny_linear` to use for 1 to 64 rows. The choice
-depends on shapes alone, so it is made once, when a step is captured. Everything else is `F.linear`.
+depends on shapes alone, so it is made once, when a step is captured. Everything else is cuBLAS, and a kernel for what
+lies beside the product.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_infer.kernels.activation import silu_and_mul
-from mini_infer.kernels.linear_plan import LinearPlan, Tiles, pick
-from mini_infer.kernels.skinny_linear import linear_op, linear_silu_mul_op
+from mini_infer.kernels.linear_plan import LinearPlan, Role, Tile, Tiles, pick
+from mini_infer.kernels.norm import rmsnorm
+from mini_infer.kernels.skinny_linear import add_linear_op, norm_linear_op, skinny_linear_op
 
 _PACK_ROWS = 8  # the row count that oneDNN is told to expect; the layout chosen is good at 1 to 256
 
@@ -25,7 +31,7 @@ _PACK_ROWS = 8  # the row count that oneDNN is told to expect; the layout chosen
 class LinearWeight:
     """One projection: exactly one of `weight` ([out_features, in_features]) and `packed` (oneDNN's layout) is set.
 
-    `tiles` and `gated_tiles` hold the choices for `linear` and `linear_silu_mul` on a GPU; empty means `F.linear`.
+    `tiles` holds the choices of kernel on a GPU, for the one role that the weight has in a layer; empty means cuBLAS.
     """
 
     weight: Tensor | None
@@ -34,7 +40,6 @@ class LinearWeight:
     out_features: int
     in_features: int
     tiles: Tiles = ()
-    gated_tiles: Tiles = ()
 
     @classmethod
     def from_tensors(cls, weight: Tensor, bias: Tensor | None = None) -> "LinearWeight":
@@ -72,21 +77,16 @@ def pack_linear(weight: LinearWeight) -> LinearWeight:
     )
 
 
-def with_tiles(weight: LinearWeight, plan: LinearPlan) -> LinearWeight:
+def with_tiles(weight: LinearWeight, plan: LinearPlan, role: Role) -> LinearWeight:
     """The same projection with the plan's choices; `weight` itself where there is no choice (CPU, packed)."""
     plain = weight.weight
     if plain is None or plain.device.type != "cuda" or plain.stride(1) != 1:
         return weight
-    n, k, size = weight.out_features, weight.in_features, plain.element_size()
-    return replace(
-        weight,
-        tiles=plan.tiles(n, k, gated=False, element_size=size),
-        gated_tiles=plan.tiles(n, k, gated=True, element_size=size) if n % 2 == 0 else (),
-    )
+    return replace(weight, tiles=plan.tiles(weight.out_features, weight.in_features, role, plain.element_size()))
 
 
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """x @ weight.T + bias.
+    """x @ weight.T + bias, by the library.
 
     Args:
         x: [..., in_features], dtype of the weight.
@@ -95,38 +95,69 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     Returns:
         [..., out_features].
     """
-    if x.shape[-1] != weight.in_features:
-        raise ValueError(f"x must be [..., {weight.in_features}], got {tuple(x.shape)}")
+    _check_width(x, weight)
     if weight.packed is None:
         if weight.weight is None:
             raise ValueError("weight holds neither a plain nor a packed matrix")
-        if weight.tiles:
-            tile = pick(weight.tiles, x.shape[:-1].numel())
-            if tile is not None:
-                tiled: Tensor = linear_op(x, weight.weight, weight.bias, tile.to_ints())
-                return tiled
         return F.linear(x, weight.weight, weight.bias)
     rows = x.reshape(-1, weight.in_features)  # [num_rows, in_features]
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight.packed, weight.bias, "none", [], "")
     return out.view(*x.shape[:-1], weight.out_features)
 
 
-def linear_silu_mul(x: Tensor, weight: LinearWeight) -> Tensor:
-    """silu(g) * u, where [g, u] = x @ weight.T + bias: the product and the gated activation as one kernel where that
-    is faster.
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, *, gated: bool = False) -> Tensor:
+    """RMSNorm of x, the product, and with `gated` silu of its first half times its second.
 
     Args:
         x: [..., in_features], dtype of the weight.
-        weight: Gate and up projections stacked, packed or not.
+        norm: [in_features], the norm's weight.
+        eps: Added to the mean square.
+        weight: The projection, packed or not; for the gate the gate's and up's rows stacked.
+        gated: Whether to take silu(gate) * up.
 
     Returns:
-        [..., out_features // 2].
+        [..., out_features], or [..., out_features // 2] with the gate.
     """
-    if weight.gated_tiles and weight.weight is not None:
-        if x.shape[-1] != weight.in_features:
-            raise ValueError(f"x must be [..., {weight.in_features}], got {tuple(x.shape)}")
-        tile = pick(weight.gated_tiles, x.shape[:-1].numel())
-        if tile is not None:
-            out: Tensor = linear_silu_mul_op(x, weight.weight, weight.bias, tile.to_ints())
-            return out
-    return silu_and_mul(linear(x, weight))
+    _check_width(x, weight)
+    tile = _tile(x, weight)
+    out: Tensor
+    if tile is None:
+        out = linear(rmsnorm(x, norm, eps), weight)
+        return silu_and_mul(out) if gated else out
+    if tile.norms:
+        out = norm_linear_op(x, norm, weight.weight, weight.bias, eps, gated, tile.to_ints())
+    else:
+        out = skinny_linear_op(rmsnorm(x, norm, eps), weight.weight, weight.bias, gated, tile.to_ints())
+    return out
+
+
+def add_linear(residual: Tensor, x: Tensor, weight: LinearWeight) -> None:
+    """Add the product to the residual, in place.
+
+    Args:
+        residual: [..., out_features], contiguous, dtype of x; changed.
+        x: [..., in_features], dtype of the weight.
+        weight: The projection, packed or not.
+    """
+    _check_width(x, weight)
+    if residual.shape != (*x.shape[:-1], weight.out_features):
+        raise ValueError(
+            f"residual must be {(*x.shape[:-1], weight.out_features)} for x {tuple(x.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    tile = _tile(x, weight)
+    if tile is not None:
+        add_linear_op(residual, x, weight.weight, weight.bias, tile.to_ints())
+    elif weight.weight is not None and weight.bias is None and x.dim() == 2:
+        residual.addmm_(x, weight.weight.t())
+    else:
+        residual.add_(linear(x, weight))
+
+
+def _tile(x: Tensor, weight: LinearWeight) -> Tile | None:
+    return pick(weight.tiles, x.shape[:-1].numel()) if weight.tiles else None
+
+
+def _check_width(x: Tensor, weight: LinearWeight) -> None:
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x must be [..., {weight.in_features}], got {tuple(x.shape)}")

@@ -19,10 +19,14 @@ MAX_GEMV_ROWS = 4
 PLANS = Path(__file__).parent / "plans"
 
 Kind = Literal["gemv", "dot"]
-ShapeKey = tuple[int, int, bool]
-"""(n, k, gated): weight rows, weight columns, whether silu(gate) * up is taken of the result."""
+Role = Literal["norm", "norm_gate", "add"]
+"""What is done beside the product: RMSNorm before it, silu(gate) * up after it as well, or adding it to a residual."""
+
+ShapeKey = tuple[int, int, Role]
+"""(n, k, role): weight rows, weight columns, what is done beside the product."""
 
 _KINDS: tuple[Kind, ...] = ("gemv", "dot")
+_ROLES: tuple[Role, ...] = ("norm", "norm_gate", "add")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Tile:
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline over the columns.
         split_k: Programs that share the columns of a block of rows; "dot" only.
+        norms: Whether each program norms the rows of x for itself, where they are to be normed; "gemv" with whole rows
+            only. Else a kernel of its own does it before.
     """
 
     kind: Kind
@@ -44,6 +50,7 @@ class Tile:
     num_warps: int
     num_stages: int = 1
     split_k: int = 1
+    norms: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -55,20 +62,24 @@ class Tile:
                 raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
         if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
+        if self.norms and self.kind != "gemv":
+            raise ValueError(f"only a gemv tile norms its rows, got {self}")
 
     def to_ints(self) -> list[int]:
         """The tile as the ops take it."""
         kind = _KINDS.index(self.kind)
-        return [kind, self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k]
+        return [kind, self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k, int(self.norms)]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Tile:
         """The inverse of `to_ints`."""
-        kind, *sizes = ints
-        return cls(_KINDS[kind], *sizes)
+        kind, *sizes, norms = ints
+        return cls(_KINDS[kind], *sizes, norms=bool(norms))
 
     def __str__(self) -> str:
         text = f"{self.kind} {self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        if self.norms:
+            text += " norms"
         return text if self.split_k == 1 else f"{text} k/{self.split_k}"
 
 
@@ -84,7 +95,7 @@ def pick(tiles: Tiles, m: int) -> Tile | None:
     return None
 
 
-def default_tile(m: int, n: int, k: int, gated: bool, element_size: int) -> Tile | None:
+def default_tile(m: int, n: int, k: int, role: Role, element_size: int) -> Tile | None:
     """A choice that was not measured for this shape: what did well on an H200 on others.
 
     Up to 4 rows: one or a few weight rows a program with all their columns in flight. Up to 32: tensor-core tiles of 16
@@ -94,8 +105,9 @@ def default_tile(m: int, n: int, k: int, gated: bool, element_size: int) -> Tile
         block_k = max(16, 1 << (k - 1).bit_length())
         if block_k > 16384:
             return Tile("gemv", 2, 2048, num_warps=8, num_stages=3)
-        block_n = max(2 if gated else 1, min(4, 4096 // block_k))
-        return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4)
+        block_n = max(2 if role == "norm_gate" else 1, min(4, 4096 // block_k))
+        norms = role != "add" and m == 1 and block_k <= 2048  # worth it while it is much less than the product
+        return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4, norms=norms)
     if m > 32 or element_size != 2:
         return None
     block_k = 256 if m <= 16 else 128
@@ -117,17 +129,17 @@ class LinearPlan:
     dtype: str = "bfloat16"
     measured: Mapping[ShapeKey, Mapping[int, Tile | None]] = field(default_factory=dict)
 
-    def choose(self, m: int, n: int, k: int, *, gated: bool, element_size: int = 2) -> Tile | None:
-        """Tile of silu_mul(x @ w.T) or x @ w.T with x [m, k] and w [n, k]; None for cuBLAS."""
+    def choose(self, m: int, n: int, k: int, role: Role, element_size: int = 2) -> Tile | None:
+        """Tile of the product of x [m, k] and w [n, k]; None for cuBLAS."""
         bucket = next((b for b in M_BUCKETS if m <= b), None)
         if bucket is None:
             return None
-        by_rows = self.measured.get((n, k, gated), {}) if element_size == 2 else {}
-        return by_rows[bucket] if bucket in by_rows else default_tile(bucket, n, k, gated, element_size)
+        by_rows = self.measured.get((n, k, role), {}) if element_size == 2 else {}
+        return by_rows[bucket] if bucket in by_rows else default_tile(bucket, n, k, role, element_size)
 
-    def tiles(self, n: int, k: int, *, gated: bool, element_size: int = 2) -> Tiles:
+    def tiles(self, n: int, k: int, role: Role, element_size: int = 2) -> Tiles:
         """The choices of one weight, for every row count."""
-        return tuple(self.choose(m, n, k, gated=gated, element_size=element_size) for m in M_BUCKETS)
+        return tuple(self.choose(m, n, k, role, element_size) for m in M_BUCKETS)
 
     def to_json(self) -> str:
         """The plan as text."""
@@ -135,10 +147,10 @@ class LinearPlan:
             {
                 "n": n,
                 "k": k,
-                "gated": gated,
+                "role": role,
                 "tiles": {str(m): None if tile is None else asdict(tile) for m, tile in by_rows.items()},
             }
-            for (n, k, gated), by_rows in self.measured.items()
+            for (n, k, role), by_rows in self.measured.items()
         ]
         return json.dumps({"gpu": self.gpu, "dtype": self.dtype, "shapes": shapes}, indent=1) + "\n"
 
@@ -152,13 +164,13 @@ class LinearPlan:
         try:
             value = json.loads(text)
             measured = {
-                (int(shape["n"]), int(shape["k"]), bool(shape["gated"])): {
+                (int(shape["n"]), int(shape["k"]), _ROLES[_ROLES.index(shape["role"])]): {
                     int(m): None if tile is None else Tile(**tile) for m, tile in shape["tiles"].items()
                 }
                 for shape in value["shapes"]
             }
             return cls(str(value["gpu"]), str(value["dtype"]), measured)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"this is no plan of linear layers: {error!r}") from error
 
     @classmethod

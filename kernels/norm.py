@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import check_floating, check_same, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import release, wait
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,13 +51,17 @@ def _rmsnorm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     cols = tl.arange(0, BLOCK_HIDDEN)  # [BLOCK_HIDDEN]
     mask = (rows < num_rows)[:, None] & (cols < HIDDEN)[None, :]
     outer_index = rows // inner
     inner_index = rows % inner
     x_rows = outer_index * x_stride_outer + inner_index * x_stride_inner
+    weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     x = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     out_offsets = rows[:, None] * HIDDEN + cols[None, :]
     if HAS_RESIDUAL:
@@ -67,7 +73,6 @@ def _rmsnorm_kernel(
     mean_square = tl.sum(x * x, axis=1) / HIDDEN  # [BLOCK_ROWS]
     inv_rms = 1.0 / tl.sqrt_rn(mean_square + tl.cast(eps, tl.float32))
     normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
     tl.store(out_ptr + out_offsets, (normed * weight[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -114,6 +119,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         BLOCK_HIDDEN=block_hidden,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(max(block_hidden // 256, 4), 16),
+        **dependent_launch.options(),
     )
     return out, new_residual
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import (
     cdiv,
     check_caches,
@@ -31,6 +32,7 @@ from mini_infer.kernels.common import (
     register_op,
     require,
 )
+from mini_infer.kernels.dependent_launch import release, wait
 from mini_infer.kernels.kv_store import store_kv_reference
 from mini_infer.kernels.norm import rmsnorm_reference
 from mini_infer.kernels.rotary import apply_rotary_emb_reference, rotate_half
@@ -123,7 +125,10 @@ def _prepare_qkv_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
+    wait(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dims = tl.arange(0, BLOCK_HALF)[None, :]  # [1, BLOCK_HALF]
@@ -221,6 +226,7 @@ def _launch_prepare_qkv(
         BLOCK_HALF=block_half,
         HAS_NORM=has_norm,
         num_warps=num_warps,
+        **dependent_launch.options(),
     )
     return query
 

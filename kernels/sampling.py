@@ -16,9 +16,10 @@ logits: [rows, vocab] float32, float16 or bfloat16; temperature, top_p, min_p: [
 seeds: [rows] int64; positions: [rows] int32 or int64 -> token ids [rows] int64, logprobs [rows] float32. A row with NaN
 (or +inf, or nothing but -inf) gives logprob NaN and some token of the vocabulary. Padded rows are ordinary rows.
 
-On the GPU: the vocabulary is cut into chunks whose max, argmax and sum of exponentials are taken by one program each; a
-second kernel combines them in a fixed order, which is all that greedy needs. For the other rows it bisects the
-thresholds on the order-preserving integer image of the logits, so the kept sets are exact, then draws in two passes.
+On the GPU: the vocabulary is cut into chunks whose max, argmax, sum of exponentials and weight are taken by one
+program each; a second kernel combines them in a fixed order, which is all that greedy needs. A row without cuts draws a
+chunk by its weight, then a token of that chunk. For the other rows the kernel bisects the thresholds on the
+order-preserving integer image of the logits, so the kept sets are exact, then draws in two passes.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -28,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import check_floating, check_index, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import release, wait
 
 _PHILOX_ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
@@ -111,12 +114,18 @@ def _chunk_stats_kernel(
     max_ptr,  # [rows, chunks] float32
     argmax_ptr,  # [rows, chunks] int32
     total_ptr,  # [rows, chunks] float32: sum of exp(x - max) over the chunk
+    mass_ptr,  # [rows, chunks] float32: sum of exp((x - max) / temperature); of no meaning for greedy rows
+    temperature_ptr,  # [rows]
     stride_row,
     vocab,
     chunks,
     CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)  # nobody writes it during a step
+    wait(DEPENDENT)
     chunk = tl.program_id(1)
     cols = chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     x = tl.load(logits_ptr + row * stride_row + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
@@ -125,7 +134,11 @@ def _chunk_stats_kernel(
     argmax = tl.min(tl.where(clean == highest, cols, vocab), axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(x - shift), axis=0)
+    mass = total
+    if temperature > 0.0:
+        mass = tl.sum(tl.exp((x - shift) / temperature), axis=0)
     at = row * chunks + chunk
+    tl.store(mass_ptr + at, mass)
     tl.store(max_ptr + at, highest)
     tl.store(argmax_ptr + at, argmax)
     tl.store(total_ptr + at, total)
@@ -247,11 +260,31 @@ def _draw(row_ptr, vocab, highest, temperature, threshold, min_weight, uniform, 
 
 
 @triton.jit
+def _draw_from_all(row_ptr, vocab, chunk, maxima, masses, highest, temperature, uniform, CHUNK: tl.constexpr):
+    """`_draw` without cuts: the chunk where the running weight passes uniform * total, then the token within it."""
+    mass = tl.where(maxima > float("-inf"), masses * tl.exp((maxima - highest) / temperature), 0.0)  # [BLOCK_CHUNKS]
+    running = tl.cumsum(mass, axis=0)
+    target = uniform * tl.max(running, axis=0)
+    # Should rounding let no chunk pass, the last one with weight.
+    passing = tl.min(tl.where((running > target) & (mass > 0.0), chunk, vocab), axis=0)
+    chosen = tl.where(passing < vocab, passing, tl.max(tl.where(mass > 0.0, chunk, 0), axis=0))
+    before = tl.max(tl.where(chunk < chosen, running, 0.0), axis=0)
+    cols = chosen * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(row_ptr + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+    weight = tl.exp((x - highest) / temperature)
+    cumulative = before + tl.cumsum(weight, axis=0)
+    token = tl.min(tl.where((weight > 0.0) & (cumulative > target), cols, vocab), axis=0)
+    last = tl.max(tl.where(weight > 0.0, cols, 0), axis=0)
+    return tl.where(token < vocab, token, last)
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,  # [rows, vocab], strided
-    max_ptr,  # [rows, chunks] and the next two: from _chunk_stats_kernel
+    max_ptr,  # [rows, chunks] and the next three: from _chunk_stats_kernel
     argmax_ptr,
     total_ptr,
+    mass_ptr,
     temperature_ptr,  # [rows], and the next five
     top_k_ptr,
     top_p_ptr,
@@ -264,8 +297,12 @@ def _sample_kernel(
     vocab,
     chunks,
     BLOCK_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
+    wait(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_CHUNKS)
     at = row * chunks + chunk
@@ -283,10 +320,16 @@ def _sample_kernel(
     if (temperature > 0.0) & valid:
         top_k = tl.load(top_k_ptr + row).to(tl.int32)
         top_p = tl.load(top_p_ptr + row)
-        threshold = _threshold_key(row_ptr, vocab, highest, temperature, top_k, top_p, TILE)
-        min_weight = tl.minimum(tl.load(min_p_ptr + row), 1.0)
+        min_p = tl.load(min_p_ptr + row)
         uniform = _philox_uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-        token = _draw(row_ptr, vocab, highest, temperature, threshold, min_weight, uniform, TILE)
+        cut = ((top_k > 0) & (top_k < vocab)) | (top_p < 1.0) | (min_p > 0.0)
+        if cut:
+            threshold = _threshold_key(row_ptr, vocab, highest, temperature, top_k, top_p, TILE)
+            min_weight = tl.minimum(min_p, 1.0)
+            token = _draw(row_ptr, vocab, highest, temperature, threshold, min_weight, uniform, TILE)
+        else:
+            masses = tl.load(mass_ptr + at, mask=chunk < chunks, other=0.0)
+            token = _draw_from_all(row_ptr, vocab, chunk, maxima, masses, highest, temperature, uniform, CHUNK)
     chosen = tl.load(row_ptr + token).to(tl.float32)
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logprob_ptr + row, tl.where(valid, chosen - log_total, float("nan")))
@@ -304,15 +347,29 @@ def _launch_sample(
     maxima = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     argmaxima = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     totals = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    masses = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    temperature = temperature.contiguous()
     _chunk_stats_kernel[(rows, chunks)](
-        logits, maxima, argmaxima, totals, logits.stride(0), vocab, chunks, CHUNK=_CHUNK, num_warps=4
+        logits,
+        maxima,
+        argmaxima,
+        totals,
+        masses,
+        temperature,
+        logits.stride(0),
+        vocab,
+        chunks,
+        CHUNK=_CHUNK,
+        num_warps=4,
+        **dependent_launch.options(),
     )
     _sample_kernel[(rows,)](
         logits,
         maxima,
         argmaxima,
         totals,
-        temperature.contiguous(),
+        masses,
+        temperature,
         top_k.contiguous(),
         top_p.contiguous(),
         min_p.contiguous(),
@@ -324,8 +381,10 @@ def _launch_sample(
         vocab,
         chunks,
         BLOCK_CHUNKS=next_power_of_2(chunks),
+        CHUNK=_CHUNK,
         TILE=_TILE,
         num_warps=8,
+        **dependent_launch.options(),
     )
     return token_ids, logprobs
 

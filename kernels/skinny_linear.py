@@ -1,19 +1,23 @@
-"""The matrix product with few rows, bound by reading the weight once: y = x @ weight.T + bias, and with a gate.
+"""The matrix product with few rows, bound by reading the weight once, with what lies before and after it in a layer.
 
-    linear(x)          = x @ weight.T + bias
-    linear_silu_mul(x) = silu(g) * u,  [g, u] = x @ weight.T + bias,  silu(z) = z / (1 + exp(-z))
+    skinny_linear(x)     = x @ weight.T + bias
+    gated                = silu(g) * u,  [g, u] = x @ weight.T + bias,  silu(z) = z / (1 + exp(-z))
+    norm_linear(x)       = skinny_linear(rmsnorm(x)),  rmsnorm(x) = cast(x / sqrt(mean(x ** 2) + eps)) * norm
+    add_linear(r, x)     : r += skinny_linear(x)
 
-x: [..., k], weight: [n, k], bias: [n] or None; float32, float16 or bfloat16 -> [..., n], or [..., n / 2] with the gate
-(rows 0 to n / 2 - 1 of the weight are the gate). Products are summed in float32 in an order that the tile fixes: no
-atomics, so a result depends on nothing but its row of x, the weight and the tile.
+x: [..., k], weight: [n, k], bias: [n] or None, norm: [k], r: [..., n]; float32, float16 or bfloat16 -> [..., n], or
+[..., n / 2] with the gate (rows 0 to n / 2 - 1 of the weight are the gate). Products are summed in float32 in an order
+that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
 Two kernels. `gemv` (up to 4 rows): a program owns `block_n` rows of the weight and multiplies in registers, all columns
-in flight at once where they fit. `dot` (up to 64 rows): x is padded to 16, 32 or 64 rows for the tensor cores, which
-idle most of the time; a program owns `block_n` weight rows and pipelines over the columns. With `split_k` > 1 several
-programs share those columns, and a third kernel adds their sums.
+in flight at once where they fit, and may norm x for itself. `dot` (up to 64 rows): x is padded to 16, 32 or 64
+rows for the tensor cores, which idle most of the time; a program owns `block_n` weight rows and pipelines over the
+columns. With `split_k` > 1 several programs share the columns, and a third kernel adds their sums.
 
 For the gate a program's rows alternate between gate and up, row i and row n / 2 + i: the loads and the products are
 those of a plain product, and each thread ends with both halves of its outputs.
+
+Both kernels begin to fetch weights while the kernel before them still runs (`dependent_launch`).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,22 +30,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import prefetch, release, wait
 from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, Tile
+from mini_infer.kernels.norm import rmsnorm_reference
 
 _REDUCE_BLOCK = 256
+_LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
+_PREFETCHED = 1024  # columns of a program's first weights that are fetched before it may begin
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula in plain torch."""
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-
-def linear_silu_mul_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def skinny_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
     """The formula in plain torch, rounded once."""
     both = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if not gated:
+        return both.to(x.dtype)
     gate, up = both.chunk(2, -1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+def add_linear_reference(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The formula in plain torch, rounded once."""
+    added = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    residual.copy_(added.add_(residual))
 
 
 @triton.jit
@@ -75,6 +87,7 @@ def _store_row(
     BLOCK_N: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     if HAS_BIAS:
         total += tl.load(bias_ptr + rows).to(tl.float32)
@@ -86,8 +99,11 @@ def _store_row(
     else:
         width = n
         cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = out_ptr + row * width + cols  # int32: at most 4 rows
-    tl.store(out[None, :], total.to(out_ptr.dtype.element_ty), mask=((cols < width) & (row < m))[None, :])
+    out = (out_ptr + row * width + cols)[None, :]  # int32: at most 4 rows
+    mask = ((cols < width) & (row < m))[None, :]
+    if ADD:
+        total += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -103,10 +119,12 @@ def _gemv_kernel(
     x_ptr,  # [m, k]
     weight_ptr,  # [n, k]
     bias_ptr,  # [n]
+    norm_ptr,  # [k]; unread unless HAS_NORM
     out_ptr,  # [m, n] or [m, n / 2] contiguous
     m,
     n,
     k,
+    eps,
     x_stride,
     weight_stride,
     M_PAD: tl.constexpr,  # 1, 2 or 4
@@ -115,9 +133,14 @@ def _gemv_kernel(
     NUM_STAGES: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,  # needs ONE_TILE
+    ADD: tl.constexpr,  # to what out holds
     ONE_TILE: tl.constexpr,  # BLOCK_K >= k
     EVEN_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     rows = _weight_rows(n, BLOCK_N, GATED)
     offsets = tl.arange(0, BLOCK_K)
     source = weight_ptr + rows[:, None] * weight_stride
@@ -128,11 +151,20 @@ def _gemv_kernel(
             w = tl.load(
                 source + offsets[None, :], mask=(offsets < k)[None, :], other=0.0, eviction_policy="evict_first"
             )
+        if HAS_NORM:
+            norm = tl.load(norm_ptr + offsets, mask=offsets < k, other=0.0).to(tl.float32)[None, :]
+        wait(DEPENDENT)
         w = w.to(tl.float32)
         for row in tl.static_range(M_PAD):
-            total = tl.sum(w * _load_x(x_ptr, row, m, x_stride, offsets, k, EVEN_K), 1)
-            _store_row(total, row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+            x = _load_x(x_ptr, row, m, x_stride, offsets, k, EVEN_K)
+            if HAS_NORM:  # with the roundings of `rmsnorm`
+                inv_rms = 1.0 / tl.sqrt_rn(tl.sum(x * x) / k + tl.cast(eps, tl.float32))
+                x = ((x * inv_rms).to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
+            _store_row(tl.sum(w * x, 1), row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
     else:
+        if DEPENDENT:
+            prefetch(source + tl.minimum(tl.arange(0, max(BLOCK_K // _LINE, 1)) * _LINE, k - 1)[None, :])
+        wait(DEPENDENT)
         sum0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         sum1 = sum0
         sum2 = sum0
@@ -150,12 +182,12 @@ def _gemv_kernel(
             if M_PAD > 2:
                 sum2 += w * _load_x(x_ptr, 2, m, x_stride, cols, k, EVEN_K)
                 sum3 += w * _load_x(x_ptr, 3, m, x_stride, cols, k, EVEN_K)
-        _store_row(tl.sum(sum0, 1), 0, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+        _store_row(tl.sum(sum0, 1), 0, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
         if M_PAD > 1:
-            _store_row(tl.sum(sum1, 1), 1, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+            _store_row(tl.sum(sum1, 1), 1, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
         if M_PAD > 2:
-            _store_row(tl.sum(sum2, 1), 2, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
-            _store_row(tl.sum(sum3, 1), 3, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS)
+            _store_row(tl.sum(sum2, 1), 2, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+            _store_row(tl.sum(sum3, 1), 3, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -175,9 +207,13 @@ def _dot_kernel(
     SPLIT_K: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,  # to what out holds
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    PREFETCHED: tl.constexpr,  # columns, a power of two
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     rows = _weight_rows(n, BLOCK_N, GATED)
     x_rows = tl.arange(0, M_PAD)
     offsets = tl.arange(0, BLOCK_K)
@@ -190,6 +226,9 @@ def _dot_kernel(
         span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
         first = tl.program_id(1) * span
         last = tl.minimum(first + span, k)
+    if DEPENDENT:
+        prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :])
+    wait(DEPENDENT)
     acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
     for start in range(first, last, BLOCK_K):
         cols = start + offsets
@@ -217,7 +256,10 @@ def _dot_kernel(
     if SPLIT_K > 1:
         out_rows += tl.program_id(1).to(tl.int64) * m
     target = out_ptr + out_rows[:, None] * width + out_cols[None, :]
-    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(x_rows < m)[:, None] & (out_cols < width)[None, :])
+    mask = (x_rows < m)[:, None] & (out_cols < width)[None, :]
+    if ADD:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -231,7 +273,10 @@ def _reduce_kernel(
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    release(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = n
@@ -242,6 +287,7 @@ def _reduce_kernel(
     step = m.to(tl.int64) * n
     total = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
+    wait(DEPENDENT)
     for split in tl.static_range(SPLIT_K):
         total += tl.load(source + split * step, mask=mask, other=0.0)
         if GATED:
@@ -252,47 +298,108 @@ def _reduce_kernel(
         if HAS_BIAS:
             up += tl.load(bias_ptr + width + cols, mask=mask, other=0.0).to(tl.float32)
         total = total / (1.0 + tl.exp(-total)) * up
-    tl.store(out_ptr + row * width + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
+    target = out_ptr + row * width + cols
+    if ADD:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: bool) -> Tensor:
-    """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows."""
+def launch_skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    *,
+    gated: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows.
+
+    With `norm` [k] x is normed first; with `residual` [..., n] the product is added to it in place.
+
+    Raises:
+        ValueError: the tile does not do such a product.
+    """
     n, k = weight.shape
     width = n // 2 if gated else n
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) if residual is None else residual
     if out.numel() == 0:
         return out
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     m = rows.shape[0]
+    _check_tile(tile, m, weight, gated, norm, residual)
+    if tile.kind == "gemv":
+        _launch_gemv(rows, weight, bias, tile, gated, norm, eps, out, residual is not None)
+    else:
+        _launch_dot(rows, weight, bias, tile, gated, out, residual is not None)
+    return out
+
+
+def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, norm: Tensor | None, residual: Tensor | None) -> None:
+    n, k = weight.shape
     most = MAX_GEMV_ROWS if tile.kind == "gemv" else M_BUCKETS[-1]
     if m > most or (gated and (tile.block_n < 2 or n % 2)) or weight.stride(1) != 1:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
-    has_bias, even_k = bias is not None, k % tile.block_k == 0
-    some_bias = bias if bias is not None else weight  # never read
-    if tile.kind == "gemv":
-        _gemv_kernel[(cdiv(n, tile.block_n),)](
-            rows,
-            weight,
-            some_bias,
-            out,
-            m,
-            n,
-            k,
-            rows.stride(0),
-            weight.stride(0),
-            M_PAD=next_power_of_2(m),
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            NUM_STAGES=tile.num_stages,
-            GATED=gated,
-            HAS_BIAS=has_bias,
-            ONE_TILE=tile.block_k >= k,
-            EVEN_K=even_k,
-            num_warps=tile.num_warps,
-        )
-        return out
-    split_k = tile.split_k
-    target = out if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+    if norm is not None and (tile.kind != "gemv" or tile.block_k < k):
+        raise ValueError(f"{tile} does not norm rows of {k}: a program must see whole rows")
+    if residual is not None and (gated or not residual.is_contiguous()):
+        raise ValueError("a residual must be contiguous, and takes no gate")
+
+
+def _launch_gemv(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    gated: bool,
+    norm: Tensor | None,
+    eps: float,
+    out: Tensor,
+    add: bool,
+) -> None:
+    m, (n, k) = rows.shape[0], weight.shape
+    _gemv_kernel[(cdiv(n, tile.block_n),)](
+        rows,
+        weight,
+        weight if bias is None else bias,
+        weight if norm is None else norm,
+        out,
+        m,
+        n,
+        k,
+        eps,
+        rows.stride(0),
+        weight.stride(0),
+        M_PAD=next_power_of_2(m),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        NUM_STAGES=tile.num_stages,
+        GATED=gated,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm is not None,
+        ADD=add,
+        ONE_TILE=tile.block_k >= k,
+        EVEN_K=k % tile.block_k == 0,
+        num_warps=tile.num_warps,
+        **dependent_launch.options(),
+    )
+
+
+def _launch_dot(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    gated: bool,
+    out: Tensor,
+    add: bool,
+) -> None:
+    m, (n, k), split_k = rows.shape[0], weight.shape, tile.split_k
+    whole = split_k == 1
+    some_bias = weight if bias is None else bias  # not read without one
+    target = out if whole else torch.empty((split_k, m, n), dtype=torch.float32, device=rows.device)
     _dot_kernel[(cdiv(n, tile.block_n), split_k)](
         rows,
         weight,
@@ -307,15 +414,18 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: T
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=split_k,
-        GATED=gated and split_k == 1,
-        HAS_BIAS=has_bias and split_k == 1,
-        EVEN_K=even_k,
+        GATED=gated and whole,
+        HAS_BIAS=bias is not None and whole,
+        ADD=add and whole,
+        EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,
+        PREFETCHED=min(_PREFETCHED, next_power_of_2(cdiv(k, split_k))),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent_launch.options(),
     )
-    if split_k > 1:
-        _reduce_kernel[(cdiv(width, _REDUCE_BLOCK), m)](
+    if not whole:
+        _reduce_kernel[(cdiv(n // 2 if gated else n, _REDUCE_BLOCK), m)](
             target,
             some_bias,
             out,
@@ -324,44 +434,62 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: T
             SPLIT_K=split_k,
             BLOCK=_REDUCE_BLOCK,
             GATED=gated,
-            HAS_BIAS=has_bias,
+            HAS_BIAS=bias is not None,
+            ADD=add,
             num_warps=2,
+            **dependent_launch.options(),
         )
-    return out
 
 
-def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    if not tile:
-        return F.linear(x, weight, bias)
-    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=False)
+def _skinny_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, tile: Sequence[int]) -> Tensor:
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated)
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    return F.linear(x, weight, bias)
+def _skinny_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, tile: Sequence[int]) -> Tensor:
+    return skinny_linear_reference(x, weight, bias, gated)
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, tile: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
-def _linear_silu_mul_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    if not tile:
-        return linear_silu_mul_reference(x, weight, bias)
-    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=True)
+def _norm_linear_cuda(
+    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+) -> Tensor:
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated, norm=norm, eps=eps)
 
 
-def _linear_silu_mul_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    return linear_silu_mul_reference(x, weight, bias)
+def _norm_linear_cpu(
+    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+) -> Tensor:
+    return skinny_linear_reference(rmsnorm_reference(x, norm, eps), weight, bias, gated)
 
 
-def _linear_silu_mul_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+def _norm_linear_fake(
+    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+) -> Tensor:
+    return _skinny_linear_fake(x, weight, bias, gated, tile)
 
 
-linear_op = register_op("linear", _linear_fake, cpu=_linear_cpu, cuda=_linear_cuda)
-"""(x, weight, bias, `Tile.to_ints`; empty for cuBLAS) -> y. `mini_infer.kernels.linear.linear` checks and chooses."""
+def _add_linear_cuda(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
+    launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), residual=residual)
 
-linear_silu_mul_op = register_op(
-    "linear_silu_mul", _linear_silu_mul_fake, cpu=_linear_silu_mul_cpu, cuda=_linear_silu_mul_cuda
+
+def _add_linear_cpu(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
+    add_linear_reference(residual, x, weight, bias)
+
+
+def _add_linear_fake(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
+    return None
+
+
+skinny_linear_op = register_op("skinny_linear", _skinny_linear_fake, cpu=_skinny_linear_cpu, cuda=_skinny_linear_cuda)
+"""(x, weight, bias, gated, `Tile.to_ints`) -> y."""
+
+norm_linear_op = register_op("norm_linear", _norm_linear_fake, cpu=_norm_linear_cpu, cuda=_norm_linear_cuda)
+"""(x, norm, weight, bias, eps, gated, `Tile.to_ints`) -> y."""
+
+add_linear_op = register_op(
+    "add_linear", _add_linear_fake, cpu=_add_linear_cpu, cuda=_add_linear_cuda, mutates=("residual",)
 )
-"""(x, weight, bias, `Tile.to_ints`) -> silu(gate) * up."""
+"""(residual, x, weight, bias, `Tile.to_ints`). `mini_infer.kernels.linear` chooses the tiles."""

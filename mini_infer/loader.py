@@ -166,14 +166,14 @@ def _planned(params: Params) -> Params:
     layers = tuple(
         replace(
             layer,
-            qkv=with_tiles(layer.qkv, plan),
-            o=with_tiles(layer.o, plan),
-            gate_up=with_tiles(layer.gate_up, plan),
-            down=with_tiles(layer.down, plan),
+            qkv=with_tiles(layer.qkv, plan, "norm"),
+            o=with_tiles(layer.o, plan, "add"),
+            gate_up=with_tiles(layer.gate_up, plan, "norm_gate"),
+            down=with_tiles(layer.down, plan, "add"),
         )
         for layer in params.layers
     )
-    return replace(params, layers=layers, head=with_tiles(params.head, plan))
+    return replace(params, layers=layers, head=with_tiles(params.head, plan, "norm"))
 
 
 def _layer(spec: ModelSpec, get: GetTensor, prefix: str) -> LayerParams:

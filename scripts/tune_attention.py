@@ -53,7 +53,6 @@ PEAK_TB = 4.58
 REPLAYS = 7
 TOLERANCE = 1e-2
 HEADS = {"8b": 32, "0.6b": 16}
-PROGRAMS = (512, 1024, 2048, 4096, 8192)
 
 Config: TypeAlias = DecodeConfig | PrefillConfig
 
@@ -81,19 +80,17 @@ def shapes(model: str, prefill: bool) -> list[Shape]:
     if prefill:
         batches = {f"{n}x{length}": (length,) * n for n, length in ((4, 2048), (1, 8192), (16, 512), (1, 512))}
     else:
-        counts = ((1, 192), (1, 1000), (8, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
+        counts = ((1, 192), (1, 1000), (8, 192), (16, 192), (32, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
         batches = {f"{rows}x{context}": (context,) * rows for rows, context in counts}
         batches["256 ragged"] = tuple(rng.randint(16, 4000) for _ in range(256))
     return [Shape(f"{model} {name}", HEADS[model], lens, prefill) for name, lens in batches.items()]
 
 
 def decode_candidates() -> list[DecodeConfig]:
-    """(split, block_n, num_warps, num_stages); the number of programs is swept afterwards."""
-    tiles = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 2, 2), (64, 2, 3), (128, 4, 2), (128, 8, 2)]
-    tiles += [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 1, 3), (32, 1, 4)]
-    programs = decode_config(HEAD_DIM, 2).programs
-    configs = [DecodeConfig(split, *tile, programs) for split in (128, 256) for tile in tiles]
-    return [*configs, DecodeConfig(64, 64, 4, 3, programs), DecodeConfig(512, 64, 4, 3, programs)]
+    """(split, block_n, num_warps, num_stages, programs)."""
+    tiles = [(64, 4, 2), (64, 4, 3), (64, 2, 2), (64, 2, 3), (32, 2, 2), (32, 2, 3), (32, 2, 4), (32, 1, 3)]
+    configs = [DecodeConfig(split, *tile, 512) for split in (64, 256) for tile in tiles]
+    return [*configs, *(DecodeConfig(128, *tile, 512) for tile in ((64, 4, 3), (32, 2, 3)))]
 
 
 def prefill_candidates() -> list[PrefillConfig]:
@@ -275,12 +272,8 @@ def main() -> None:
     torch.manual_seed(0)
     pool = torch.empty(2, POOL_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16).normal_()
     if arguments.only != "prefill":
-        print(f"decode; default {label(decode_config(HEAD_DIM, 2))}")
-        ratios = sweep(decode, decode_candidates(), pool, arguments.all)
-        chosen = min(ratios, key=ratios.__getitem__)
-        if isinstance(chosen, DecodeConfig):
-            print("the best of these by number of programs")
-            sweep(decode, [replace(chosen, programs=programs) for programs in PROGRAMS], pool, arguments.all)
+        print(f"decode; default {label(decode_config(HEAD_DIM, 2, MAX_BLOCKS * BLOCK_SIZE))}")
+        sweep(decode, decode_candidates(), pool, arguments.all)
     if arguments.only != "decode":
         print(f"prefill; default {label(prefill_config(HEAD_DIM, 2))}")
         sweep(prefill, prefill_candidates(), pool, arguments.all)

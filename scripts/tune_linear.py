@@ -1,10 +1,11 @@
-"""Measure which kernel and tile each skinny matrix product should use on this GPU, and write the plan.
+"""Measure which kernel and tile each skinny matrix product of a decoder should use on this GPU, and write the plan.
 
     python scripts/tune_linear.py --out kernels/plans/h200-bf16.json
     python scripts/tune_linear.py --quick --models 8b --m 1 16
 
-Every candidate runs as in a decode step: captured in a CUDA graph, its weights out of the cache (the calls rotate among
-copies that exceed the L2 cache several times). It must agree with cuBLAS before it is timed. The kernels are compiled
+Every candidate runs as in a decode step: with the norm, the gate or the residual of its role, captured in a CUDA graph,
+its weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
+cuBLAS and the kernels beside it before it is timed. The kernels are compiled
 first, in one process per core, into Triton's cache. The plan is written as it grows, and an earlier one keeps the
 entries that are not measured again.
 """
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,29 +31,29 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mini_infer.kernels.activation import silu_and_mul
-from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, PLANS, LinearPlan, Tile
-from mini_infer.kernels.skinny_linear import launch_skinny_linear, linear_silu_mul_reference
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, PLANS, LinearPlan, Role, Tile
+from mini_infer.kernels.norm import rmsnorm
+from mini_infer.kernels.skinny_linear import launch_skinny_linear
 
-SHAPES = {
+SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
     "8b": {
-        "qkv": (6144, 4096, False),
-        "o": (4096, 4096, False),
-        "gate_up": (28672, 4096, False),
-        "gate_up+silu": (28672, 4096, True),
-        "down": (4096, 14336, False),
-        "head": (128256, 4096, False),
+        "qkv": (6144, 4096, "norm"),
+        "o": (4096, 4096, "add"),
+        "gate_up": (28672, 4096, "norm_gate"),
+        "down": (4096, 14336, "add"),
+        "head": (128256, 4096, "norm"),
     },
     "0.6b": {
-        "qkv": (4096, 1024, False),
-        "o": (1024, 2048, False),
-        "gate_up": (6144, 1024, False),
-        "gate_up+silu": (6144, 1024, True),
-        "down": (1024, 3072, False),
-        "head": (151936, 1024, False),
+        "qkv": (4096, 1024, "norm"),
+        "o": (1024, 2048, "add"),
+        "gate_up": (6144, 1024, "norm_gate"),
+        "down": (1024, 3072, "add"),
+        "head": (151936, 1024, "norm"),
     },
 }
 COLD_BYTES = 512 << 20  # eight times the 60 MB L2 of an H200: what an unusual replacement keeps is little too
 REPLAYS = 9
+EPS = 1e-6
 TOLERANCE = 1e-2
 WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
 
@@ -64,8 +65,18 @@ class Problem:
     name: str
     n: int
     k: int
-    gated: bool
+    role: Role
     m: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether silu(gate) * up is taken of the result."""
+        return self.role == "norm_gate"
+
+    @property
+    def normed(self) -> bool:
+        """Whether x is normed first."""
+        return self.role != "add"
 
 
 def gemv_tiles(problem: Problem) -> list[Tile]:
@@ -79,7 +90,10 @@ def gemv_tiles(problem: Problem) -> list[Tile]:
     else:
         sizes = [(1, block_k, 8, 1), (1, block_k, 16, 1), (1, 2048, 8, 4), (2, 2048, 8, 3), (4, 1024, 4, 4)]
     least = 2 if problem.gated else 1
-    return [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
+    tiles = [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
+    if not problem.normed:
+        return tiles
+    return tiles + [replace(tile, norms=True) for tile in tiles if tile.block_k >= problem.k]
 
 
 def dot_tiles(problem: Problem) -> list[Tile]:
@@ -116,7 +130,7 @@ def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
     for problem, tile in jobs:
         m_pad = 1 << (problem.m - 1).bit_length() if tile.kind == "gemv" else max(16, problem.m)
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
-        unique.setdefault((tile, m_pad, problem.gated, even), (problem, tile))
+        unique.setdefault((tile, m_pad, problem.role, even), (problem, tile))
     begun = time.perf_counter()
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
@@ -174,10 +188,28 @@ def compile_one(job: tuple[Problem, Tile]) -> str:
     x = torch.empty(problem.m, problem.k, dtype=torch.bfloat16)
     weight = torch.empty(problem.n, problem.k, dtype=torch.bfloat16)  # never touched, so never backed by memory
     try:
-        launch_skinny_linear(x, weight, None, tile, gated=problem.gated)
+        run_tile(problem, x, x[0], torch.empty(problem.m, problem.n, dtype=x.dtype), weight, tile)
     except Exception as error:  # the compiler raises many kinds
         return f"{problem.name} m={problem.m} {tile}: {first_line(error)}"
     return ""
+
+
+def run_tile(problem: Problem, x: Tensor, norm: Tensor, residual: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """The product as one of our kernels does it."""
+    if not problem.normed:
+        return launch_skinny_linear(x, weight, None, tile, residual=residual)
+    if tile.norms:
+        return launch_skinny_linear(x, weight, None, tile, gated=problem.gated, norm=norm, eps=EPS)
+    normed = rmsnorm(x, norm, EPS) if x.is_cuda else x  # where there is no GPU, to compile, the norm is no candidate's
+    return launch_skinny_linear(normed, weight, None, tile, gated=problem.gated)
+
+
+def run_library(problem: Problem, x: Tensor, norm: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """The product as cuBLAS does it, with our kernels beside it."""
+    if not problem.normed:
+        return residual.addmm_(x, weight.t())
+    product = F.linear(rmsnorm(x, norm, EPS), weight)
+    return silu_and_mul(product) if problem.gated else product
 
 
 def first_line(error: Exception) -> str:
@@ -217,41 +249,26 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def tune(
-    problem: Problem,
-    weights: Tensor,
-    tiles: Iterable[Tile],
-    plain_best: Tile | None,
-    stream: torch.cuda.Stream,
-    show_all: bool,
+    problem: Problem, weights: Tensor, tiles: Iterable[Tile], stream: torch.cuda.Stream, show_all: bool
 ) -> tuple[Tile | None, str]:
     """Time cuBLAS and the candidates. Returns the choice and a line of the table."""
-    m, gated = problem.m, problem.gated
+    m = problem.m
     copies, weight_bytes = weights.shape[0], weights[0].numel() * weights.element_size()
     x = torch.randn(m, problem.k, device="cuda", dtype=weights.dtype)
-    if gated:
-        expected = linear_silu_mul_reference(x, weights[0], None)
-        library_us = measure(lambda i: silu_and_mul(F.linear(x, weights[i])), copies, weight_bytes, stream)
-    else:
-        expected = F.linear(x, weights[0])
-        library_us = measure(lambda i: F.linear(x, weights[i]), copies, weight_bytes, stream)
+    norm = torch.rand(problem.k, device="cuda").to(weights.dtype) + 0.5
+    residual = torch.zeros(m, problem.n, device="cuda", dtype=weights.dtype)
+    expected = run_library(problem, x, norm, residual, weights[0]).clone()
+    library_us = measure(lambda i: run_library(problem, x, norm, residual, weights[i]), copies, weight_bytes, stream)
     best: Tile | None = None
     best_us, label = library_us * WORTHWHILE, "cuBLAS"
-    if gated and plain_best is not None:  # the product alone on its best tile, then the activation
-        plain = plain_best
-
-        def separate(i: int) -> Tensor:
-            return silu_and_mul(launch_skinny_linear(x, weights[i], None, plain, gated=False))
-
-        separate_us = measure(separate, copies, weight_bytes, stream)
-        if separate_us < best_us:
-            best_us, label = separate_us, f"{plain}, silu apart"
     timings: list[tuple[float, Tile]] = []
     for tile in tiles:
 
         def run(i: int, tile: Tile = tile) -> Tensor:
-            return launch_skinny_linear(x, weights[i], None, tile, gated=gated)
+            return run_tile(problem, x, norm, residual, weights[i], tile)
 
         try:
+            residual.zero_()
             error = relative_error(run(0), expected)
             if not error < TOLERANCE:
                 print(f"  WRONG: {problem.name} m={m} {tile}: relative error {error:.3g}")
@@ -264,11 +281,11 @@ def tune(
             best, best_us, label = tile, us, str(tile)
     if show_all:
         for us, tile in sorted(timings, key=lambda timing: timing[0]):
-            print(f"    {problem.name:<18}{m:>3}  {tile!s:<28}{us:>9.2f} us")
+            print(f"    {problem.name:<14}{m:>3}  {tile!s:<28}{us:>9.2f} us")
     if label == "cuBLAS":
         best_us = library_us
     line = (
-        f"{problem.name:<18}{problem.n:>7}{problem.k:>6}{m:>4}  {label:<34}{best_us:>8.2f}"
+        f"{problem.name:<14}{problem.n:>7}{problem.k:>6}{m:>4}  {label:<32}{best_us:>8.2f}"
         f"{weight_bytes / best_us / 1e6:>7.2f}{library_us:>9.2f}{best_us / library_us:>7.2f}"
     )
     return best, line
@@ -278,9 +295,9 @@ def main() -> None:
     """Compile, measure, print, write."""
     arguments = parse()
     problems = [
-        Problem(f"{model} {name}", n, k, gated, m)
+        Problem(f"{model} {name}", n, k, role, m)
         for model in arguments.models
-        for name, (n, k, gated) in SHAPES[model].items()
+        for name, (n, k, role) in SHAPES[model].items()
         if not arguments.shapes or name in arguments.shapes
         for m in arguments.m
     ]
@@ -290,7 +307,7 @@ def main() -> None:
 
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, cold weights\n")
-    print(f"{'shape':<18}{'n':>7}{'k':>6}{'m':>4}  {'best':<34}{'us':>8}{'TB/s':>7}{'cuBLAS':>9}{'ratio':>7}")
+    print(f"{'shape':<14}{'n':>7}{'k':>6}{'m':>4}  {'best':<32}{'us':>8}{'TB/s':>7}{'cuBLAS':>9}{'ratio':>7}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     kept = LinearPlan.from_json(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else None
     measured = {key: dict(tiles) for key, tiles in kept.measured.items()} if kept and kept.gpu == gpu else {}
@@ -304,10 +321,9 @@ def main() -> None:
             del weights
             copies = max(1, -(-COLD_BYTES // (2 * problem.n * problem.k)))
             weights = torch.empty(copies, *shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
-        plain_best = measured.get((*shape, False), {}).get(problem.m)
         tiles = candidates(problem, arguments.quick)
-        best, line = tune(problem, weights, tiles, plain_best, stream, arguments.all)
-        measured.setdefault((*shape, problem.gated), {})[problem.m] = best
+        best, line = tune(problem, weights, tiles, stream, arguments.all)
+        measured.setdefault((*shape, problem.role), {})[problem.m] = best
         print(line, flush=True)
         arguments.out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
     print(f"\n{arguments.out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
@@ -318,7 +334,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PLANS / "h200-bf16.json", help="where the plan goes")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
-    parser.add_argument("--shapes", nargs="+", help="only these, such as qkv or gate_up+silu")
+    parser.add_argument("--shapes", nargs="+", help="only these, such as qkv or gate_up")
     parser.add_argument("--m", nargs="+", type=int, choices=M_BUCKETS, default=list(M_BUCKETS), help="row counts")
     parser.add_argument("--quick", action="store_true", help="four candidates for each product")
     parser.add_argument("--all", action="store_true", help="print every candidate's time")

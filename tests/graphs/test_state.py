@@ -162,7 +162,7 @@ def test_rows_follow_edits_and_steps(data: st.DataObject, num_rows: int) -> None
             bucket = data.draw(st.integers(1, num_rows), label="bucket")
             sampled = data.draw(st.lists(token_ids, min_size=bucket, max_size=bucket))
             state.advanced(bucket)
-            state.rows(bucket).advance(torch.tensor(sampled, dtype=torch.int64))
+            state.rows(bucket).advance(torch.tensor(sampled, dtype=torch.int64), torch.zeros(bucket))
             model.decode(sampled)
         assert read(state, num_rows) == [as_float32(row) for row in model.rows]
     assert addresses(state, num_rows) == before
@@ -187,7 +187,7 @@ def test_a_padded_row_stays_padded() -> None:
     state.apply([PLACE])
     for _ in range(50):
         state.advanced(3)
-        state.rows(3).advance(torch.tensor([123, 124, 125]))
+        state.rows(3).advance(torch.tensor([123, 124, 125]), torch.zeros(3))
     padded = as_float32(PADDED)
     assert read(state, 3) == [padded, as_float32(Row(124, 55, (4, 6, 0, 0, 0), 1, PARAMS[3], 11)), padded]
 
@@ -198,7 +198,7 @@ def test_the_mirror_follows_unsent_steps() -> None:
     state.apply([PLACE])
     for _ in range(3):
         state.advanced(2)
-        state.rows(2).advance(torch.tensor([0, 50]))
+        state.rows(2).advance(torch.tensor([0, 50]), torch.zeros(2))
     state.apply([ExtendRow(1, 2, (8,))])
     assert read(state, 2)[1] == as_float32(Row(50, 8, (4, 6, 8, 0, 0), 1, PARAMS[3], 11))
     state.apply([MoveRow(1, 0), ClearRow(1)])
@@ -233,6 +233,7 @@ def test_on_a_gpu() -> None:
         state.apply([PLACE, replace(PLACE, row=2, seed=MAX_SEED, token_id=12)])
         for _ in range(3):
             state.advanced(3)
-            state.rows(3).advance(torch.tensor([5, 6, 7], device=state.token_ids.device))
+            device = state.token_ids.device
+            state.rows(3).advance(torch.tensor([5, 6, 7], device=device), torch.zeros(3, device=device))
         state.apply([MoveRow(2, 0), ClearRow(2), ExtendRow(1, 3, (9, 8))])
     assert read(states[0], 4) == read(states[1], 4)

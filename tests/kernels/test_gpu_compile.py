@@ -32,8 +32,9 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     return kernel
 
 JITFunction.run = compile_only
-from mini_infer.kernels import activation, attention_decode, attention_prefill, kv_store, norm, qkv_prologue, rotary
-from mini_infer.kernels import sampling
+from mini_infer.kernels import activation, attention_decode, attention_prefill, block_copy, decode_frame, kv_store, norm
+from mini_infer.kernels import qkv_prologue, rotary, sampling, skinny_linear
+from mini_infer.kernels.linear_plan import Tile
 
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 x = torch.randn(4, 2048).bfloat16()
@@ -59,10 +60,21 @@ for dtype, dim in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 128)
         qkv_prologue._launch_prepare_qkv(
             qkv, norm_weight, norm_weight, table, table, slots, cache, cache, slots, 6, 1e-6
         )
+h, w, r = torch.randn(4, 256).bfloat16(), torch.randn(64, 256).bfloat16(), torch.randn(4, 64).bfloat16()
+for gated in (False, True):
+    skinny_linear.launch_skinny_linear(h, w, None, Tile("gemv", 2, 256, 4), gated=gated, norm=h[0], eps=1e-6)
+    skinny_linear.launch_skinny_linear(h, w, None, Tile("dot", 16, 64, 2, 3), gated=gated)
+for tile in (Tile("gemv", 2, 64, 4, 3), Tile("dot", 16, 64, 2, 3), Tile("dot", 16, 64, 2, 3, split_k=2)):
+    skinny_linear.launch_skinny_linear(h, w, w[:, 0].contiguous(), tile, residual=r)
+blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfloat16()
+block_copy._launch_gather_blocks(blocks, slots, staged)
+block_copy._launch_scatter_blocks(staged, slots, blocks)
 f = torch.ones(4)
+decode_frame._launch_embed_rows(slots, slots.int(), tables, h, 16)
+decode_frame._launch_advance_rows(slots, slots.int(), slots.int(), slots, f)
 sampling._launch_sample(torch.randn(4, 9000).bfloat16(), f, f.int(), f, f, slots, slots)
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
-assert len(set(compiled)) == 10, set(compiled)
+assert len(set(compiled)) == 16, set(compiled)
 """
 
 

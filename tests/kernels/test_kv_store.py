@@ -33,7 +33,8 @@ def test_padded_rows_share_a_null_slot(backend):
     slots = torch.tensor([5, 0, 0, 0], device=backend.device)
     backend.pick(store_kv, _launch_store_kv)(kv, kv, pool[0], pool[1], slots)
     assert torch.equal(pool[0, 1, :, 1], kv[0])
-    assert any(torch.equal(pool[0, 0, :, 0], row) for row in kv[1:])
+    # Whoever writes last, element by element: several programs write there at once.
+    assert (pool[0, 0, :, 0] == kv[1:]).any(0).all()
     pool[:, 0, :, 0] = 0
     pool[:, 1, :, 1] = 0
     assert not pool.any()

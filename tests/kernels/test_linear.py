@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from mini_infer.kernels import LinearWeight, pack_linear
+from mini_infer.kernels import LinearWeight, pack_linear, rmsnorm
 from mini_infer.kernels.common import INTERPRET
-from mini_infer.kernels.linear import can_pack, linear, linear_silu_mul, with_tiles
+from mini_infer.kernels.linear import add_linear, can_pack, linear, norm_linear, with_tiles
 from mini_infer.kernels.linear_plan import M_BUCKETS, PLANS, LinearPlan, Tile, default_tile, pick
 from mini_infer.kernels.skinny_linear import launch_skinny_linear
 
@@ -61,14 +61,25 @@ def test_bad_arguments():
         LinearWeight.from_tensors(torch.randn(8, 4), torch.randn(4))
 
 
+EPS = 1e-5
+NORM_TILES = [Tile("gemv", 2, 256, num_warps=4, norms=True), Tile("gemv", 8, 128, num_warps=8, norms=True)]
+
+
 def make_product(m, n, k, dtype, device, bias=True):
     x = torch.randn(m, k, device=device).to(dtype)
     weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
     return x, weight, torch.randn(n, device=device).to(dtype) if bias else None
 
 
-def expected_product(x, weight, bias, gated):
-    both = x.double() @ weight.double().T
+def make_norm(k, dtype, device):
+    return (1 + 0.1 * torch.randn(k, device=device)).to(dtype)
+
+
+def expected_product(x, weight, bias, gated=False, norm=None):
+    x = x.double()
+    if norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
+    both = x @ weight.double().T
     if bias is not None:
         both = both + bias.double()
     if not gated:
@@ -86,19 +97,47 @@ def kernel_device(request):
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
+def odd_cases(tile):
+    """(m, n, k, bias): odd row counts, weight rows and columns that no tile divides, and ones that all divide."""
+    cases = [(1, 38, 72, True), (3, 70, 100, False), (4, 64, 128, True)]
+    if tile.kind == "dot":
+        cases[2:] = [(17, 64, 128, True), (33, 38, 40, False)]
+    return cases
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES, ids=str)
 def test_tiles(kernel_device, assert_close, tile, gated, dtype):
-    """Odd row counts, weight rows and columns that no tile divides, and ones that all divide."""
-    cases = [(1, 38, 72, True), (3, 70, 100, False), (4, 64, 128, True)]
-    if tile.kind == "dot":
-        cases[2:] = [(17, 64, 128, True), (33, 38, 40, False)]
-    for m, n, k, bias in cases:
+    for m, n, k, bias in odd_cases(tile):
         product = make_product(m, n, k, dtype, kernel_device, bias)
         out = launch_skinny_linear(*product, tile, gated=gated)
         assert out.dtype == dtype
         assert_close(f"{m}x{n}x{k}", out, expected_product(*product, gated))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("tile", NORM_TILES, ids=str)
+def test_tiles_norm_their_input(kernel_device, assert_close, tile, gated, dtype):
+    # The interpreter cuts a bfloat16 off where a GPU rounds it: twice here, always down.
+    tolerance = 3e-2 if dtype == torch.bfloat16 and kernel_device.type == "cpu" else None
+    for m, n, k, bias in odd_cases(tile):
+        x, weight, bias = make_product(m, n, k, dtype, kernel_device, bias)
+        x, norm = 3 * x, make_norm(k, dtype, kernel_device)
+        out = launch_skinny_linear(x, weight, bias, tile, gated=gated, norm=norm, eps=EPS)
+        assert_close(f"{m}x{n}x{k}", out, expected_product(x, weight, bias, gated, norm), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES, ids=str)
+def test_tiles_add_to_a_residual(kernel_device, assert_close, tile, dtype):
+    for m, n, k, bias in odd_cases(tile):
+        product = make_product(m, n, k, dtype, kernel_device, bias)
+        residual = torch.randn(m, n, device=kernel_device).to(dtype)
+        expected = residual.double() + expected_product(*product)
+        assert launch_skinny_linear(*product, tile, residual=residual) is residual
+        assert_close(f"{m}x{n}x{k}", residual, expected)
 
 
 @pytest.mark.parametrize("tile", [GEMV_TILES[1], DOT_TILES[0], DOT_TILES[2]], ids=str)
@@ -136,6 +175,15 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, GEMV_TILES[0], gated=False)
     with pytest.raises(ValueError, match="gated: True"):
         launch_skinny_linear(x[:1], weight[:31], None, GEMV_TILES[0], gated=True)
+    norm = make_norm(32, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="must see whole rows"):
+        launch_skinny_linear(x[:1], weight, None, Tile("gemv", 2, 16, 4), norm=norm)
+    with pytest.raises(ValueError, match="must see whole rows"):
+        launch_skinny_linear(x, weight, None, DOT_TILES[0], norm=norm)
+    with pytest.raises(ValueError, match="only a gemv tile norms"):
+        Tile("dot", 16, 64, 2, norms=True)
+    with pytest.raises(ValueError, match="residual must be contiguous"):
+        launch_skinny_linear(x, weight, None, DOT_TILES[0], residual=torch.zeros(5, 64)[:, ::2])
     with pytest.raises(ValueError, match="block_n of a dot tile"):
         Tile("dot", 8, 64, 4)
     with pytest.raises(ValueError, match="power of two"):
@@ -146,64 +194,97 @@ def test_tiles_refuse_what_they_cannot_do():
         Tile("gemm", 1, 64, 4)
 
 
-@pytest.mark.parametrize("tile", [[], GEMV_TILES[0].to_ints(), DOT_TILES[2].to_ints()], ids=str)
-@pytest.mark.parametrize("name", ["linear", "linear_silu_mul"])
-def test_opcheck(device, name, tile):
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_opcheck(device, gated):
     x, weight, bias = make_product(3, 32, 48, torch.float32, device)
-    op = getattr(torch.ops.mini_infer, name).default
-    torch.library.opcheck(op, (x, weight, bias, tile))
-    torch.library.opcheck(op, (x[None], weight, None, tile))
+    norm = make_norm(48, torch.float32, device)
+    tile = GEMV_TILES[0].to_ints()
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x, norm, weight, bias, EPS, gated, tile))
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x[None], norm, weight, None, EPS, gated, tile))
+    tile = DOT_TILES[2].to_ints()
+    torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x, weight, bias, gated, tile))
+    torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x[None], weight, None, gated, tile))
+    residual = torch.randn(3, 32, device=device)
+    torch.library.opcheck(torch.ops.mini_infer.add_linear.default, (residual, x, weight, bias, tile))
+    torch.library.opcheck(torch.ops.mini_infer.add_linear.default, (residual[None], x[None], weight, None, tile))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_linear_silu_mul(assert_close, packed):
-    x, weight, bias = make_product(3, 48, 64, torch.float32, "cpu")
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_with_what_lies_beside_the_product(assert_close, packed, bias):
+    x, weight, bias = make_product(3, 48, 64, torch.float32, "cpu", bias)
     projection = LinearWeight.from_tensors(weight, bias)
-    out = linear_silu_mul(x, pack_linear(projection) if packed else projection)
-    assert_close("out", out, expected_product(x, weight, bias, True))
+    projection = pack_linear(projection) if packed else projection
+    norm = make_norm(64, torch.float32, "cpu")
+    assert_close("norm", norm_linear(x, norm, EPS, projection), expected_product(x, weight, bias, False, norm))
+    gated = norm_linear(x, norm, EPS, projection, gated=True)
+    assert_close("gate", gated, expected_product(x, weight, bias, True, norm))
+    for rows in (x, x[None]):
+        residual = torch.randn(*rows.shape[:-1], 48)
+        expected = residual.double() + expected_product(rows, weight, bias)
+        add_linear(residual, rows, projection)
+        assert_close("add", residual, expected)
+    with pytest.raises(ValueError, match=r"residual must be \(3, 48\)"):
+        add_linear(torch.zeros(2, 48), x, projection)
 
 
 def test_attached_tiles_are_used(assert_close):
-    """Below the last row count through our ops, above it through F.linear, with the same result."""
+    """Below the last row count through our ops, above it through the library, with the same result."""
     x, weight, bias = make_product(70, 48, 64, torch.float32, "cpu")
+    norm = make_norm(64, torch.float32, "cpu")
     plan = LinearPlan()
-    tiled = dataclasses.replace(
-        LinearWeight.from_tensors(weight, bias),
-        tiles=plan.tiles(48, 64, gated=False),
-        gated_tiles=plan.tiles(48, 64, gated=True),
-    )
+    tiled = {
+        role: dataclasses.replace(LinearWeight.from_tensors(weight, bias), tiles=plan.tiles(48, 64, role))
+        for role in ("norm", "norm_gate", "add")
+    }
+
+    def normed(x):
+        return norm_linear(x, norm, EPS, tiled["norm"])
+
+    def gated(x):
+        return norm_linear(x, norm, EPS, tiled["norm_gate"], gated=True)
+
+    def added(x):
+        residual = torch.ones(x.shape[0], 48)
+        add_linear(residual, x, tiled["add"])
+        return residual
+
     for m in (1, 9, 70):
-        assert_close("plain", linear(x[:m], tiled), expected_product(x[:m], weight, bias, False))
-        assert_close("gated", linear_silu_mul(x[:m], tiled), expected_product(x[:m], weight, bias, True))
+        assert_close("norm", normed(x[:m]), expected_product(x[:m], weight, bias, False, norm))
+        assert_close("gate", gated(x[:m]), expected_product(x[:m], weight, bias, True, norm))
+        assert_close("add", added(x[:m]), 1 + expected_product(x[:m], weight, bias))
 
     def names(function, rows):
-        graph = torch.export.export(Wrapped(function, tiled), (rows,)).graph
+        graph = torch.export.export(Wrapped(function), (rows,)).graph
         return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
-    assert names(linear, x[:8]) == ["mini_infer.linear.default"]
-    assert names(linear, x) == ["aten.linear.default"]
-    assert names(linear_silu_mul, x[:1]) == ["mini_infer.linear_silu_mul.default"]
-    assert names(linear_silu_mul, x) == ["aten.linear.default", "mini_infer.silu_and_mul.default"]
+    assert names(normed, x[:1]) == ["mini_infer.norm_linear.default"]
+    assert names(normed, x[:8]) == ["mini_infer.rmsnorm.default", "mini_infer.skinny_linear.default"]
+    assert names(normed, x) == ["mini_infer.rmsnorm.default", "aten.linear.default"]
+    assert names(gated, x[:1]) == ["mini_infer.norm_linear.default"]
+    assert names(gated, x)[1:] == ["aten.linear.default", "mini_infer.silu_and_mul.default"]
+    assert "mini_infer.add_linear.default" in names(added, x[:1])
+    assert "mini_infer.add_linear.default" not in names(added, x)
     with pytest.raises(ValueError, match=r"x must be \[..., 64\]"):
-        linear_silu_mul(x[:, :60], tiled)
+        gated(x[:, :60])
 
 
 class Wrapped(torch.nn.Module):
     """A function of this module as something that torch.export takes."""
 
-    def __init__(self, function, weight):
+    def __init__(self, function):
         super().__init__()
-        self.function, self.weight = function, weight
+        self.function = function
 
     def forward(self, x):
-        return self.function(x, self.weight)
+        return self.function(x)
 
 
 def test_cpu_weights_get_no_tiles():
     weight = LinearWeight.from_tensors(torch.randn(8, 4))
-    assert with_tiles(weight, LinearPlan()) is weight
+    assert with_tiles(weight, LinearPlan(), "add") is weight
     packed = pack_linear(weight)
-    assert with_tiles(packed, LinearPlan()) is packed
+    assert with_tiles(packed, LinearPlan(), "add") is packed
 
 
 def test_pick_rounds_rows_up():
@@ -218,31 +299,34 @@ def test_default_tiles_are_valid():
     for m in M_BUCKETS:
         for n in (2, 100, 1024, 151936):
             for k in (1, 64, 100, 4096, 14336, 53248):
-                for gated in (False, True):
+                for role in ("norm", "norm_gate", "add"):
                     for element_size in (2, 4):
-                        tile = default_tile(m, n, k, gated, element_size)
-                        assert tile is None or m <= (4 if tile.kind == "gemv" else 64)
-                        assert tile is None or tile.block_n >= (2 if gated else 1)
-                        assert tile is None or Tile.from_ints(tile.to_ints()) == tile
+                        tile = default_tile(m, n, k, role, element_size)
+                        if tile is None:
+                            continue
+                        assert m <= (4 if tile.kind == "gemv" else 64)
+                        assert tile.block_n >= (2 if role == "norm_gate" else 1)
+                        assert not tile.norms or (role != "add" and tile.block_k >= k)
+                        assert Tile.from_ints(tile.to_ints()) == tile
 
 
 def test_plan_on_disk(tmp_path):
     tile = Tile("dot", 64, 128, 4, 3, split_k=2)
     plan = LinearPlan(
-        "Some GPU", "bfloat16", {(96, 64, False): {1: None, 16: tile}, (96, 64, True): {1: GEMV_TILES[0]}}
+        "Some GPU", "bfloat16", {(96, 64, "add"): {1: None, 16: tile}, (96, 64, "norm"): {1: GEMV_TILES[0]}}
     )
     (tmp_path / "some.json").write_text(plan.to_json())
     (tmp_path / "other.json").write_text(LinearPlan("Other GPU").to_json())
     loaded = LinearPlan.for_gpu("Some GPU", tmp_path)
     assert loaded == plan
     assert LinearPlan.for_gpu("Unknown GPU", tmp_path) == LinearPlan()
-    assert loaded.choose(1, 96, 64, gated=False) is None
-    assert loaded.choose(9, 96, 64, gated=False) == tile
-    assert loaded.choose(1, 96, 64, gated=True) == GEMV_TILES[0]
-    assert loaded.choose(65, 96, 64, gated=False) is None
-    assert loaded.choose(2, 96, 64, gated=False) == default_tile(2, 96, 64, False, 2)
-    assert loaded.choose(1, 96, 64, gated=False, element_size=4) == default_tile(1, 96, 64, False, 4)
-    for text in ("{}", "[", '{"gpu": "", "dtype": "", "shapes": [{"n": 1}]}'):
+    assert loaded.choose(1, 96, 64, "add") is None
+    assert loaded.choose(9, 96, 64, "add") == tile
+    assert loaded.choose(1, 96, 64, "norm") == GEMV_TILES[0]
+    assert loaded.choose(65, 96, 64, "add") is None
+    assert loaded.choose(2, 96, 64, "add") == default_tile(2, 96, 64, "add", 2)
+    assert loaded.choose(1, 96, 64, "add", element_size=4) == default_tile(1, 96, 64, "add", 4)
+    for text in ("{}", "[", '{"gpu": "", "dtype": "", "shapes": [{"n": 1, "k": 1, "role": "?", "tiles": {}}]}'):
         with pytest.raises(ValueError, match="no plan of linear layers"):
             LinearPlan.from_json(text)
 
@@ -254,33 +338,83 @@ def test_shipped_plans_can_be_read():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 16, 31, 64])
-def test_plan_on_the_gpu(assert_close, m, gated):
-    """The choices for real shapes, for the rule and for the shipped plan of this GPU."""
+def test_plan_on_the_gpu(assert_close, m, dtype):
+    """The choices for real shapes and for others, by the rule and by the shipped plan of this GPU."""
     torch.manual_seed(0)
-    for n, k in ((6144, 1024), (1024, 3072), (4096, 14336)):
-        x, weight, _ = make_product(m, n, k, torch.bfloat16, "cuda", bias=False)
+    for n, k in ((6144, 1024), (1024, 3072), (4096, 14336), (4098, 4096)):
+        x, weight, _ = make_product(m, n, k, dtype, "cuda", bias=False)
+        norm, residual = make_norm(k, dtype, "cuda"), torch.randn(m, n, device="cuda").to(dtype)
         for plan in (LinearPlan(), LinearPlan.for_gpu(torch.cuda.get_device_name())):
-            tiled = with_tiles(LinearWeight.from_tensors(weight), plan)
-            assert len(tiled.tiles) == len(M_BUCKETS)
-            out = linear_silu_mul(x, tiled) if gated else linear(x, tiled)
-            assert_close(f"{n}x{k}", out, expected_product(x, weight, None, gated))
+            plain = LinearWeight.from_tensors(weight)
+            tiled = {role: with_tiles(plain, plan, role) for role in ("norm", "norm_gate", "add")}
+            assert all(len(weight.tiles) == len(M_BUCKETS) for weight in tiled.values())
+            out = norm_linear(x, norm, EPS, tiled["norm"])
+            assert_close(f"norm {n}x{k}", out, expected_product(x, weight, None, False, norm))
+            out = norm_linear(x, norm, EPS, tiled["norm_gate"], gated=True)
+            assert_close(f"gate {n}x{k}", out, expected_product(x, weight, None, True, norm))
+            out = residual.clone()
+            add_linear(out, x, tiled["add"])
+            assert_close(f"add {n}x{k}", out, residual.double() + expected_product(x, weight, None))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", [Tile("gemv", 2, 1024, 4), Tile("dot", 32, 128, 2, 4), DOT_TILES[2]], ids=str)
+@pytest.mark.parametrize("tile", [Tile("gemv", 2, 1024, 4, norms=True), Tile("dot", 32, 128, 2, 4)], ids=str)
 def test_captured_in_a_cuda_graph(tile, gated):
     """Captured on some rows, replayed on others at the same address: what eager gives, to the bit."""
     torch.manual_seed(0)
     x, weight, bias = make_product(3, 512, 1024, torch.bfloat16, "cuda")
-    op = getattr(torch.ops.mini_infer, "linear_silu_mul" if gated else "linear").default
-    op(x, weight, bias, tile.to_ints())  # compiles
+    norm = make_norm(1024, torch.bfloat16, "cuda")
+
+    def run():
+        return launch_skinny_linear(x, weight, bias, tile, gated=gated, norm=norm if tile.norms else None, eps=EPS)
+
+    run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = op(x, weight, bias, tile.to_ints())
+        captured = run()
     x.copy_(torch.randn_like(x))
     for _ in range(3):
         graph.replay()
-    assert torch.equal(captured, op(x, weight, bias, tile.to_ints()))
+    assert torch.equal(captured, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 4, 16, 64])
+def test_a_chain_of_dependent_launches(m):
+    """Kernels that start before their predecessor is done read what it wrote: a long chain, the same bits each time."""
+    torch.manual_seed(0)
+    n = 1024
+    tiles = [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]
+    if m <= 4:
+        tiles = [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]
+    weights = (torch.randn(24, 2, n, n, device="cuda") / n**0.5).bfloat16()
+    norm = make_norm(n, torch.bfloat16, "cuda")
+    start = torch.randn(m, n, device="cuda").bfloat16()
+    hidden = torch.empty_like(start)
+
+    def layer(weight, synchronise):
+        if tiles[0].norms:
+            product = launch_skinny_linear(hidden, weight[0], None, tiles[0], norm=norm, eps=EPS)
+        else:
+            normed = rmsnorm(hidden, norm, EPS)
+            synchronise()
+            product = launch_skinny_linear(normed, weight[0], None, tiles[0])
+        synchronise()
+        launch_skinny_linear(product, weight[1], None, tiles[1], residual=hidden)
+        synchronise()
+
+    hidden.copy_(start)
+    for weight in weights:
+        layer(weight, torch.cuda.synchronize)
+    expected = hidden.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden.copy_(start)
+        for weight in weights:
+            layer(weight, lambda: None)
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(hidden, expected)

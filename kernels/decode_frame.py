@@ -1,0 +1,227 @@
+"""What a decode step does before its first layer and after its sampler, one kernel each.
+
+    embed_rows:    position = seq_len - 1;  slot = block_table[position // block_size] * block_size
+                   + position % block_size;  hidden = embedding[token_id]
+    advance_rows:  token_id = sampled * active;  seq_len += active;  sampled and its log probability side by side
+
+A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 1 with a table of null
+blocks, and stays so: an ordinary row to `embed_rows`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mini_infer.kernels import dependent_launch
+from mini_infer.kernels.common import cdiv, next_power_of_2, register_op
+from mini_infer.kernels.dependent_launch import release, wait
+
+_ROWS = 128  # rows of a program of `advance_rows`
+
+
+def embed_rows_reference(
+    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain torch."""
+    positions = seq_lens.long() - 1  # [rows]
+    blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
+    return F.embedding(token_ids, embedding), positions, blocks * block_size + positions % block_size
+
+
+def advance_rows_reference(
+    token_ids: Tensor, seq_lens: Tensor, active: Tensor, sampled: Tensor, logprobs: Tensor
+) -> Tensor:
+    """The formula in plain torch."""
+    token_ids.copy_(sampled * active)
+    seq_lens.add_(active)
+    return torch.stack((sampled.int(), logprobs.view(torch.int32)), dim=1)
+
+
+@triton.jit
+def _embed_rows_kernel(
+    token_ptr,  # [rows] int64
+    seq_len_ptr,  # [rows] int32
+    table_ptr,  # [rows, max_blocks] int32
+    embedding_ptr,  # [vocab, HIDDEN]
+    hidden_ptr,  # [rows, HIDDEN] contiguous
+    position_ptr,  # [rows] int64
+    slot_ptr,  # [rows] int64
+    table_stride,
+    embedding_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    release(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(token_ptr + row)
+    values = tl.load(embedding_ptr + token * embedding_stride + cols, mask=cols < HIDDEN)
+    tl.store(hidden_ptr + row * HIDDEN + cols, values, mask=cols < HIDDEN)
+    if tl.program_id(1) == 0:
+        position = tl.load(seq_len_ptr + row).to(tl.int64) - 1
+        block = tl.load(table_ptr + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
+        tl.store(position_ptr + row, position)
+        tl.store(slot_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
+
+
+@triton.jit
+def _advance_rows_kernel(
+    token_ptr,  # [rows] int64
+    seq_len_ptr,  # [rows] int32
+    active_ptr,  # [rows] int32
+    sampled_ptr,  # [rows] int64
+    logprob_ptr,  # [rows] int32, the bits of a float32
+    packed_ptr,  # [rows, 2] int32
+    num_rows,
+    ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < num_rows
+    active = tl.load(active_ptr + row, mask=mask)
+    sampled = tl.load(sampled_ptr + row, mask=mask)
+    tl.store(token_ptr + row, sampled * active, mask=mask)
+    tl.store(seq_len_ptr + row, tl.load(seq_len_ptr + row, mask=mask) + active, mask=mask)
+    tl.store(packed_ptr + 2 * row, sampled.to(tl.int32), mask=mask)
+    tl.store(packed_ptr + 2 * row + 1, tl.load(logprob_ptr + row, mask=mask), mask=mask)
+
+
+def _launch_embed_rows(
+    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, hidden_size = token_ids.shape[0], embedding.shape[1]
+    hidden = torch.empty((num_rows, hidden_size), dtype=embedding.dtype, device=embedding.device)
+    positions = torch.empty((num_rows,), dtype=torch.int64, device=embedding.device)
+    slots = torch.empty((num_rows,), dtype=torch.int64, device=embedding.device)
+    block = min(1024, next_power_of_2(hidden_size))
+    _embed_rows_kernel[(num_rows, cdiv(hidden_size, block))](
+        token_ids,
+        seq_lens,
+        block_tables,
+        embedding,
+        hidden,
+        positions,
+        slots,
+        block_tables.stride(0),
+        embedding.stride(0),
+        BLOCK_SIZE=block_size,
+        HIDDEN=hidden_size,
+        BLOCK=block,
+        DEPENDENT=dependent_launch.supported(),  # without launch_pdl: it is a step's first kernel
+        num_warps=4,
+    )
+    return hidden, positions, slots
+
+
+def _launch_advance_rows(
+    token_ids: Tensor, seq_lens: Tensor, active: Tensor, sampled: Tensor, logprobs: Tensor
+) -> Tensor:
+    num_rows = token_ids.shape[0]
+    packed = torch.empty((num_rows, 2), dtype=torch.int32, device=token_ids.device)
+    _advance_rows_kernel[(cdiv(num_rows, _ROWS),)](
+        token_ids,
+        seq_lens,
+        active,
+        sampled,
+        logprobs.view(torch.int32),
+        packed,
+        num_rows,
+        ROWS=_ROWS,
+        num_warps=4,
+        **dependent_launch.options(),
+    )
+    return packed
+
+
+def _embed_rows_fake(
+    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
+    return hidden, token_ids.new_empty(token_ids.shape), token_ids.new_empty(token_ids.shape)
+
+
+def _advance_rows_fake(
+    token_ids: Tensor, seq_lens: Tensor, active: Tensor, sampled: Tensor, logprobs: Tensor
+) -> Tensor:
+    return seq_lens.new_empty((token_ids.shape[0], 2))
+
+
+_embed_rows_op = register_op("embed_rows", _embed_rows_fake, cpu=embed_rows_reference, cuda=_launch_embed_rows)
+_advance_rows_op = register_op(
+    "advance_rows",
+    _advance_rows_fake,
+    cpu=advance_rows_reference,
+    cuda=_launch_advance_rows,
+    mutates=("token_ids", "seq_lens"),
+)
+
+
+def embed_rows(
+    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row's token at hand goes, and its embedding.
+
+    Args:
+        token_ids: [rows] int64, the token at hand of each row, within the embedding.
+        seq_lens: [rows] int32, tokens including the one at hand; at least 1.
+        block_tables: [rows, max_blocks] int32, wide enough for the lengths.
+        embedding: [vocab_size, hidden_size].
+        block_size: Tokens per KV cache block.
+
+    Returns:
+        (hidden [rows, hidden_size], positions [rows] int64, slots [rows] int64).
+    """
+    _check_rows(token_ids, seq_lens)
+    if block_tables.dtype != torch.int32 or block_tables.dim() != 2 or block_tables.shape[0] != token_ids.shape[0]:
+        raise ValueError(
+            f"block_tables must be int32 [{token_ids.shape[0]}, max_blocks], got {block_tables.dtype} "
+            f"{tuple(block_tables.shape)}"
+        )
+    if embedding.dim() != 2 or embedding.stride(1) != 1 or block_tables.stride(1) != 1:
+        raise ValueError("embedding must be [vocab_size, hidden_size], and it and block_tables dense in their rows")
+    hidden, positions, slots = _embed_rows_op(token_ids, seq_lens, block_tables, embedding, block_size)
+    return hidden, positions, slots
+
+
+def advance_rows(token_ids: Tensor, seq_lens: Tensor, active: Tensor, sampled: Tensor, logprobs: Tensor) -> Tensor:
+    """Take the sampled tokens to hand, one token longer, and pack them for the host. Padded rows stay as they are.
+
+    Args:
+        token_ids: [rows] int64; changed.
+        seq_lens: [rows] int32; changed.
+        active: [rows] int32, 1 for a sequence and 0 for padding.
+        sampled: [rows] int64.
+        logprobs: [rows] float32, contiguous.
+
+    Returns:
+        [rows, 2] int32: token id, and the bits of its log probability.
+    """
+    _check_rows(token_ids, seq_lens)
+    for name, tensor, dtype in (
+        ("active", active, torch.int32),
+        ("sampled", sampled, torch.int64),
+        ("logprobs", logprobs, torch.float32),
+    ):
+        if tensor.dtype != dtype or tensor.shape != token_ids.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be {dtype} [{token_ids.shape[0]}], contiguous, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    packed: Tensor = _advance_rows_op(token_ids, seq_lens, active, sampled, logprobs)
+    return packed
+
+
+def _check_rows(token_ids: Tensor, seq_lens: Tensor) -> None:
+    if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or not token_ids.is_contiguous():
+        raise ValueError(f"token_ids must be int64 [rows], contiguous, got {token_ids.dtype} {tuple(token_ids.shape)}")
+    if seq_lens.dtype != torch.int32 or seq_lens.shape != token_ids.shape or not seq_lens.is_contiguous():
+        raise ValueError(
+            f"seq_lens must be int32 [{token_ids.shape[0]}], contiguous, got {seq_lens.dtype} {tuple(seq_lens.shape)}"
+        )
