@@ -73,8 +73,8 @@ class Tile:
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Tile:
         """The inverse of `to_ints`."""
-        kind, *sizes, norms = ints
-        return cls(_KINDS[kind], *sizes, norms=bool(norms))
+        kind, block_n, block_k, num_warps, num_stages, split_k, norms = ints
+        return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms))
 
     def __str__(self) -> str:
         text = f"{self.kind} {self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"

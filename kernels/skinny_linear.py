@@ -419,7 +419,7 @@ def _launch_dot(
         ADD=add and whole,
         EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,
-        PREFETCHED=min(_PREFETCHED, next_power_of_2(cdiv(k, split_k))),
+        PREFETCHED=min(_PREFETCHED, max(_LINE.value, next_power_of_2(cdiv(k, split_k)))),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch.options(),

@@ -25,7 +25,7 @@ class MachinePlan:
         graph_bytes: What all captured graphs take.
         decode_ms: Milliseconds of a decode step by measured bucket.
         prefill_ms: Milliseconds of a prefill step by measured bucket.
-        swap_ms_per_block: Milliseconds to move one block from CPU memory; None without swap space.
+        swap_ms_per_block: Milliseconds to move one block one way; None without swap space.
     """
 
     workspace_bytes: int

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from mini_infer.graphs.capture import GraphSet
-from mini_infer.graphs.kv_cache import KVCache, SwapPool
+from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import EagerSteps, Model, Steps
+from mini_infer.graphs.swap_pool import make_swap_pool
 from mini_infer.step import CaptureRecord, SampledTokens, SchedulerOutputs, StepKind
+
+SWAP_MEASURE_BLOCKS = 64
+"""Blocks to move when swapping is measured: about as many as a sequence has."""
 
 
 class StepHandle:
@@ -74,7 +78,7 @@ class ModelRunner:
         self.device = device
         max_blocks = -(-max_model_len // block_size)
         self._kv = KVCache(spec, num_gpu_blocks, block_size, dtype, device)
-        self._swap_pool = SwapPool(self._kv, num_cpu_blocks)
+        self._swap_pool = make_swap_pool(self._kv, num_cpu_blocks)
         self._state = DecodeState(max_num_seqs, max_blocks, device)
         self._block_size, self._max_blocks = block_size, max_blocks
         self._model = Model(spec, params, self._kv, self._state)
@@ -144,13 +148,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def measure_swap(self) -> float | None:
-        """Milliseconds to bring one block back from CPU memory; None without CPU blocks."""
-        num_blocks = min(8, len(self._swap_pool), self._kv.num_blocks)
+        """Milliseconds to move one block one way, out and in taken together; None without CPU blocks."""
+        num_blocks = min(SWAP_MEASURE_BLOCKS, len(self._swap_pool), self._kv.num_blocks)
         if not num_blocks:
             return None
         pairs = [(block + 1, block) for block in range(num_blocks)]
-        self._swap_pool.swap_out(pairs)
-        return self._time(lambda: self._swap_pool.swap_in(pairs)) / num_blocks
+
+        def there_and_back() -> None:
+            self._swap_pool.swap_out(pairs)
+            self._swap_pool.swap_in(pairs)
+
+        return self._time(there_and_back) / (2 * num_blocks)
 
     @torch.inference_mode()
     def _measure(self, buckets: Iterable[int], run: Callable[[int], object], limit_s: float) -> dict[int, float]:

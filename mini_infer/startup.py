@@ -15,6 +15,7 @@ from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.spec import ModelSpec
+from mini_infer.graphs.swap_pool import staging_bytes
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
 from mini_infer.machine_plan import MachinePlan, PlanStore
 from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
@@ -240,6 +241,8 @@ def divide_memory(shape: Shape, *, weights: int, workspace: int, graphs: int) ->
     num_cpu_blocks = config.num_cpu_blocks
     if num_cpu_blocks is None:
         num_cpu_blocks = int(config.swap_space_gib * GIB) // block_bytes
+    if device.type == "cuda":
+        workspace += staging_bytes(num_cpu_blocks, block_bytes)
     return plan_memory(
         device=name,
         total=total,

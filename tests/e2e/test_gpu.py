@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.graphs.decoder import prefill_logits
-from mini_infer.graphs.kv_cache import KVCache, SwapPool
+from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
-from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.step import PrefillChunk
 from tests.tiny_models import VARIANTS, greedy, make_tiny_model
@@ -80,25 +79,31 @@ def test_bfloat16_logits(case: tuple[Path, PreTrainedModel]) -> None:
     assert error < 1.5 * library_error + 1e-3, f"{error:.2e} against the library's {library_error:.2e}"
 
 
-def test_swap_moves_the_bytes() -> None:
-    """What is swapped out and in again is the same to the byte, wherever it lands."""
-    spec = make_spec()
-    device = torch.device("cuda")
-    kv = KVCache(spec, 12, 16, torch.bfloat16, device)
-    pool = SwapPool(kv, 8)
-    kv.blocks.normal_()
-    before = kv.blocks.clone()
-    pool.swap_out([(3, 0), (7, 5), (1, 2)])
-    kv.blocks[:, :, [3, 7, 1]] = 0
-    pool.swap_in([(2, 0), (7, 5), (9, 2)])
-    torch.cuda.synchronize()
-    for old, new in ((3, 2), (7, 7), (1, 9)):
-        assert torch.equal(kv.blocks[:, :, new], before[:, :, old])
-    for untouched in (0, 4, 5, 6, 8, 10, 11, 12):
-        assert torch.equal(kv.blocks[:, :, untouched], before[:, :, untouched])
-
-
-def make_spec() -> ModelSpec:
-
-    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, architectures=["LlamaForCausalLM"])
-    return ModelSpec.from_hf_config(config)
+@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
+def test_swaps_change_no_token(tmp_path: Path, steps_in_flight: int) -> None:
+    """With a third of the blocks wanted, sequences swap out and in beside steps in flight, and no token changes."""
+    save_tiny_tokenizer(tmp_path)
+    make_tiny_model("llama3-gqa", tmp_path)
+    prompts = prompts_of(24, longest=60)
+    tokens = {}
+    for num_gpu_blocks in (8 * 40, 110):
+        config = EngineConfig(
+            model=str(tmp_path),
+            dtype="float32",
+            max_num_seqs=8,
+            max_model_len=160,
+            block_size=4,
+            num_gpu_blocks=num_gpu_blocks,
+            num_cpu_blocks=400,
+            preemption="swap",
+            enable_prefix_caching=False,
+            steps_in_flight=steps_in_flight,
+            progress=False,
+        )
+        with LLMEngine(config) as engine:
+            outputs = engine.generate(prompts, sampling_params=GREEDY_64)
+            preemptions = engine.stats().preemptions
+        tokens[num_gpu_blocks] = [output.token_ids for output in outputs]
+        assert preemptions["recompute"] == 0
+        assert (preemptions["swap"] > 0) == (num_gpu_blocks == 110)
+    assert tokens[110] == tokens[8 * 40]
