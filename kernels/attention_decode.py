@@ -65,7 +65,7 @@ def decode_config(head_dim: int, element_size: int, max_tokens: int) -> DecodeCo
     It must not depend on the batch: a row's result would come to depend on it too.
     """
     block_dim = next_power_of_2(head_dim)
-    # Short pieces give few rows enough programs, and longer ones bound what long sequences need for the pieces' results.
+    # Short pieces give few rows enough programs; longer ones bound the memory for a long sequence's pieces.
     split = max(SPLIT_TOKENS, next_power_of_2(cdiv(max_tokens, MAX_SPLITS)))
     if element_size == 4:  # no tensor cores: products in registers, which larger tiles would spill
         block_n = 16 if block_dim > 128 else 32

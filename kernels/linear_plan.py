@@ -12,20 +12,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-M_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS."""
 
 MAX_GEMV_ROWS = 4
+MAX_DOT_ROWS = 64
 PLANS = Path(__file__).parent / "plans"
 
-Kind = Literal["gemv", "dot"]
+Kind = Literal["gemv", "dot", "halves"]
 Role = Literal["norm", "norm_gate", "add"]
 """What is done beside the product: RMSNorm before it, silu(gate) * up after it as well, or adding it to a residual."""
 
 ShapeKey = tuple[int, int, Role]
 """(n, k, role): weight rows, weight columns, what is done beside the product."""
 
-_KINDS: tuple[Kind, ...] = ("gemv", "dot")
+_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves")
 _ROLES: tuple[Role, ...] = ("norm", "norm_gate", "add")
 
 
@@ -35,6 +36,8 @@ class Tile:
 
     Attributes:
         kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64.
+            "halves" is cuBLAS, gate and up one after the other, which may fill the GPU's last wave of tiles better; the
+            other fields mean nothing then.
         block_n: Weight rows of a program (gate and up rows together when gated).
         block_k: Weight columns that are loaded at a time.
         num_warps: Warps of a program.
@@ -45,9 +48,9 @@ class Tile:
     """
 
     kind: Kind
-    block_n: int
-    block_k: int
-    num_warps: int
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 0
     num_stages: int = 1
     split_k: int = 1
     norms: bool = False
@@ -55,6 +58,8 @@ class Tile:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
+        if self.kind == "halves":
+            return
         least = 1 if self.kind == "gemv" else 16
         for name, low in (("block_n", least), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
@@ -77,6 +82,8 @@ class Tile:
         return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms))
 
     def __str__(self) -> str:
+        if self.kind == "halves":
+            return "cuBLAS by halves"
         text = f"{self.kind} {self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         if self.norms:
             text += " norms"

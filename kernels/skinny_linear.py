@@ -15,7 +15,8 @@ rows for the tensor cores, which idle most of the time; a program owns `block_n`
 columns. With `split_k` > 1 several programs share the columns, and a third kernel adds their sums.
 
 For the gate a program's rows alternate between gate and up, row i and row n / 2 + i: the loads and the products are
-those of a plain product, and each thread ends with both halves of its outputs.
+those of a plain product, and each thread ends with both halves of its outputs. (`halves` is for more rows: cuBLAS for
+the gate, cuBLAS for up, and the activation's own kernel.)
 
 Both kernels begin to fetch weights while the kernel before them still runs (`dependent_launch`).
 """
@@ -31,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
+from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, Tile
+from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, Tile
 from mini_infer.kernels.norm import rmsnorm_reference
 
 _REDUCE_BLOCK = 256
@@ -330,6 +332,8 @@ def launch_skinny_linear(
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     m = rows.shape[0]
     _check_tile(tile, m, weight, gated, norm, residual)
+    if tile.kind == "halves":
+        return _by_halves(rows, weight, bias).view(out.shape)
     if tile.kind == "gemv":
         _launch_gemv(rows, weight, bias, tile, gated, norm, eps, out, residual is not None)
     else:
@@ -339,13 +343,27 @@ def launch_skinny_linear(
 
 def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, norm: Tensor | None, residual: Tensor | None) -> None:
     n, k = weight.shape
-    most = MAX_GEMV_ROWS if tile.kind == "gemv" else M_BUCKETS[-1]
-    if m > most or (gated and (tile.block_n < 2 or n % 2)) or weight.stride(1) != 1:
+    most = {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS, "halves": m}[tile.kind]
+    if tile.kind == "halves" and not gated:
+        raise ValueError("without a gate there are no halves")
+    narrow = gated and tile.kind != "halves" and tile.block_n < 2
+    if m > most or narrow or (gated and n % 2) or weight.stride(1) != 1:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
     if norm is not None and (tile.kind != "gemv" or tile.block_k < k):
         raise ValueError(f"{tile} does not norm rows of {k}: a program must see whole rows")
     if residual is not None and (gated or not residual.is_contiguous()):
         raise ValueError("a residual must be contiguous, and takes no gate")
+
+
+def _by_halves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    half = weight.shape[0] // 2
+    both = torch.empty((rows.shape[0], 2 * half), dtype=rows.dtype, device=rows.device)
+    for part in (slice(0, half), slice(half, 2 * half)):
+        if bias is None:
+            torch.mm(rows, weight[part].t(), out=both[:, part])
+        else:
+            torch.addmm(bias[part], rows, weight[part].t(), out=both[:, part])
+    return silu_and_mul(both)
 
 
 def _launch_gemv(

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mini_infer.kernels.activation import silu_and_mul
-from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_GEMV_ROWS, PLANS, LinearPlan, Role, Tile
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_DOT_ROWS, MAX_GEMV_ROWS, PLANS, LinearPlan, Role, Tile
 from mini_infer.kernels.norm import rmsnorm
 from mini_infer.kernels.skinny_linear import launch_skinny_linear
 
@@ -119,6 +119,8 @@ def dot_tiles(problem: Problem) -> list[Tile]:
 
 def candidates(problem: Problem, quick: bool) -> list[Tile]:
     """What is worth measuring for this product."""
+    if problem.m > MAX_DOT_ROWS:
+        return [Tile("halves")] if problem.gated else []
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
     dot = dot_tiles(problem)
     return gemv[:2] + dot[: 4 - len(gemv[:2])] if quick else gemv + dot
@@ -128,6 +130,8 @@ def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
     """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
     unique: dict[tuple[object, ...], tuple[Problem, Tile]] = {}
     for problem, tile in jobs:
+        if tile.kind == "halves":
+            continue
         m_pad = 1 << (problem.m - 1).bit_length() if tile.kind == "gemv" else max(16, problem.m)
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
         unique.setdefault((tile, m_pad, problem.role, even), (problem, tile))

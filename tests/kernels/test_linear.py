@@ -182,6 +182,8 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, DOT_TILES[0], norm=norm)
     with pytest.raises(ValueError, match="only a gemv tile norms"):
         Tile("dot", 16, 64, 2, norms=True)
+    with pytest.raises(ValueError, match="no halves"):
+        launch_skinny_linear(x, weight, None, Tile("halves"))
     with pytest.raises(ValueError, match="residual must be contiguous"):
         launch_skinny_linear(x, weight, None, DOT_TILES[0], residual=torch.zeros(5, 64)[:, ::2])
     with pytest.raises(ValueError, match="block_n of a dot tile"):
@@ -192,6 +194,15 @@ def test_tiles_refuse_what_they_cannot_do():
         Tile("gemv", 1, 64, 4, split_k=2)
     with pytest.raises(ValueError, match="kind"):
         Tile("gemm", 1, 64, 4)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_by_halves(kernel_device, assert_close, bias):
+    for leading in ((70,), (2, 3)):
+        x, weight, some_bias = make_product(70, 48, 64, torch.float32, kernel_device, bias)
+        x = x[: 2 * 3].view(*leading, 64) if len(leading) > 1 else x
+        out = launch_skinny_linear(x, weight, some_bias, Tile("halves"), gated=True)
+        assert_close("out", out, expected_product(x, weight, some_bias, True))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -230,7 +241,7 @@ def test_with_what_lies_beside_the_product(assert_close, packed, bias):
 
 def test_attached_tiles_are_used(assert_close):
     """Below the last row count through our ops, above it through the library, with the same result."""
-    x, weight, bias = make_product(70, 48, 64, torch.float32, "cpu")
+    x, weight, bias = make_product(300, 48, 64, torch.float32, "cpu")
     norm = make_norm(64, torch.float32, "cpu")
     plan = LinearPlan()
     tiled = {
@@ -249,7 +260,7 @@ def test_attached_tiles_are_used(assert_close):
         add_linear(residual, x, tiled["add"])
         return residual
 
-    for m in (1, 9, 70):
+    for m in (1, 9, 300):
         assert_close("norm", normed(x[:m]), expected_product(x[:m], weight, bias, False, norm))
         assert_close("gate", gated(x[:m]), expected_product(x[:m], weight, bias, True, norm))
         assert_close("add", added(x[:m]), 1 + expected_product(x[:m], weight, bias))
@@ -289,7 +300,7 @@ def test_cpu_weights_get_no_tiles():
 
 def test_pick_rounds_rows_up():
     tiles = tuple(Tile("dot", 16, 16 << i, 2) if i != 3 else None for i in range(len(M_BUCKETS)))
-    chosen = {m: pick(tiles, m) for m in (1, 2, 3, 5, 8, 9, 64, 65)}
+    chosen = {m: pick(tiles, m) for m in (1, 2, 3, 5, 8, 9, 64, 257)}
     assert chosen == dict(zip(chosen, [*tiles[:3], None, None, tiles[4], tiles[6], None], strict=True))
     assert pick((), 1) is None
 
