@@ -10,9 +10,10 @@ x: [..., k], weight: [n, k], bias: [n] or None, norm: [k], r: [..., n]; float32,
 that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
 Two kernels. `gemv` (up to 4 rows): a program owns `block_n` rows of the weight and multiplies in registers, all columns
-in flight at once where they fit, and may norm x for itself. `dot` (up to 64 rows): x is padded to 16, 32 or 64
-rows for the tensor cores, which idle most of the time; a program owns `block_n` weight rows and pipelines over the
-columns. With `split_k` > 1 several programs share the columns, and a third kernel adds their sums.
+in flight at once where they fit, and may norm x for itself. `dot` (up to 64 rows): x is padded to 16, 32 or 64 rows for
+the tensor cores, which idle most of the time; a program owns `block_n` weight rows and pipelines over the columns, or
+has them all in flight at once where they fit. With `split_k` > 1 several programs share the columns, and a third kernel
+adds their sums.
 
 For the gate a program's rows alternate between gate and up, row i and row n / 2 + i: the loads and the products are
 those of a plain product, and each thread ends with both halves of its outputs. (`halves` is for more rows: cuBLAS for
@@ -210,9 +211,10 @@ def _dot_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
+    ONE_TILE: tl.constexpr,  # BLOCK_K takes all of a program's columns
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
-    PREFETCHED: tl.constexpr,  # columns, a power of two
+    PREFETCHED: tl.constexpr,  # columns, a power of two; unused if ONE_TILE
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
@@ -228,23 +230,33 @@ def _dot_kernel(
         span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
         first = tl.program_id(1) * span
         last = tl.minimum(first + span, k)
-    if DEPENDENT:
-        prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :])
-    wait(DEPENDENT)
-    acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_K):
-        cols = start + offsets
-        # Masked: the padding rows cost no traffic.
-        if EVEN_K:
-            x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None], other=0.0)
-            w = tl.load(w_source + cols[None, :], eviction_policy="evict_first")
-        else:
-            x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < k)[None, :], other=0.0)
-            w = tl.load(w_source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
+    if ONE_TILE:
+        cols = first + offsets
+        w = tl.load(w_source + cols[None, :], mask=(cols < last)[None, :], other=0.0, eviction_policy="evict_first")
+        wait(DEPENDENT)
+        x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < last)[None, :], other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.trans(w), input_precision="ieee")
+    else:
+        if DEPENDENT:
+            prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :])
+        wait(DEPENDENT)
+        acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            cols = start + offsets
+            # Masked: the padding rows cost no traffic.
+            if EVEN_K:
+                x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None], other=0.0)
+                w = tl.load(w_source + cols[None, :], eviction_policy="evict_first")
+            else:
+                x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < k)[None, :], other=0.0)
+                w = tl.load(w_source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
+            if UPCAST:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
     if GATED:
@@ -435,6 +447,7 @@ def _launch_dot(
         GATED=gated and whole,
         HAS_BIAS=bias is not None and whole,
         ADD=add and whole,
+        ONE_TILE=tile.block_k * split_k >= k,
         EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,
         PREFETCHED=min(_PREFETCHED, max(_LINE.value, next_power_of_2(cdiv(k, split_k)))),

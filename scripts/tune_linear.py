@@ -114,7 +114,11 @@ def dot_tiles(problem: Problem) -> list[Tile]:
         sizes = [(32, 128, 4, 5, 1), (32, 256, 4, 3, 1), (64, 128, 4, 4, 1), (64, 64, 4, 6, 1), (128, 64, 4, 5, 1)]
         sizes += [(64, 128, 8, 4, 1)]
         sizes += [(64, 128, 4, 4, 2), (64, 128, 4, 3, 4), (128, 64, 4, 4, 4)] if few else [(128, 128, 8, 3, 1)]
-    return [Tile("dot", *size) for size in sizes]
+    tiles = [Tile("dot", *size) for size in sizes]
+    whole = -(-problem.k // 1024)  # with so many programs to share them, all columns of a program at once
+    if few and whole <= 4:
+        tiles += [Tile("dot", block_n, 1024, warps, 1, whole) for block_n in (16, 32) for warps in (2, 4)]
+    return tiles
 
 
 def candidates(problem: Problem, quick: bool) -> list[Tile]:

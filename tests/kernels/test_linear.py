@@ -21,6 +21,8 @@ DOT_TILES = [
     Tile("dot", 32, 32, num_warps=4, num_stages=4),
     Tile("dot", 32, 32, num_warps=2, num_stages=2, split_k=3),
     Tile("dot", 16, 16, num_warps=2, num_stages=3, split_k=8),
+    Tile("dot", 16, 128, num_warps=4),
+    Tile("dot", 16, 64, num_warps=2, split_k=2),
 ]
 
 
