@@ -34,24 +34,27 @@ QUESTIONS = (
 )
 
 
-def test_greedy_tokens() -> None:
-    """128 greedy tokens on 16 prompts, decoded in one batch.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_greedy_tokens(device: str) -> None:
+    """128 greedy tokens on 16 prompts in float32, decoded in one batch.
 
     The library computes each whole text at once: if its most likely next token is ours at every position, its own
     greedy generation is ours, token by token.
     """
     config = EngineConfig(
-        model=str(demo_model_path()), dtype="float32", device="cpu", max_num_seqs=16, max_model_len=512, progress=False
+        model=str(demo_model_path()), dtype="float32", device=device, max_num_seqs=16, max_model_len=512, progress=False
     )
     params = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
     with LLMEngine(config) as engine:
         assert engine.tokenizer is not None
         prompts = [engine.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS]
         outputs = engine.generate(prompts, sampling_params=params)
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+        assert engine.stats().off_graph_steps == 0
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).to(device)
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + output.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+            text = torch.tensor([prompt + output.token_ids[:-1]], device=device)
+            logits = model(text).logits[0, len(prompt) - 1 :]
         assert output.token_ids == logits.argmax(-1).tolist()
 
 
