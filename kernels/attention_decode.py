@@ -31,6 +31,7 @@ from mini_infer.kernels.dependent_launch import prefetch, release, wait
 
 SPLIT_TOKENS = 64
 MAX_SPLITS = 256
+_PROGRAMS = 512
 _MERGED_AT_ONCE = 8  # splits whose loads the merging kernel has in flight
 _CPU_GATHER_ELEMENTS = 1 << 19  # K elements gathered at once on the CPU: stays in the cache, bounds the scratch memory
 
@@ -59,19 +60,21 @@ class DecodeConfig:
             raise ValueError(f"split must be a multiple of block_n {self.block_n}, got {self.split}")
 
 
-def decode_config(head_dim: int, element_size: int, max_tokens: int) -> DecodeConfig:
-    """The configuration for a model and its longest sequence.
+def decode_config(head_dim: int, element_size: int, max_tokens: int, num_programs: int) -> DecodeConfig:
+    """The configuration for a model, its longest sequence and a batch of `num_programs` rows times KV heads.
 
-    It must not depend on the batch: a row's result would come to depend on it too.
+    Only the depth of the pipeline depends on the batch: what else did would make a row's result depend on it.
     """
     block_dim = next_power_of_2(head_dim)
     # Short pieces give few rows enough programs; longer ones bound the memory for a long sequence's pieces.
     split = max(SPLIT_TOKENS, next_power_of_2(cdiv(max_tokens, MAX_SPLITS)))
     if element_size == 4:  # no tensor cores: products in registers, which larger tiles would spill
         block_n = 16 if block_dim > 128 else 32
-        return DecodeConfig(split, block_n, num_warps=8 if block_dim > 64 else 4, num_stages=2, programs=512)
+        return DecodeConfig(split, block_n, num_warps=8 if block_dim > 64 else 4, num_stages=2, programs=_PROGRAMS)
     block_n = 32 if block_dim > 128 else 64
-    return DecodeConfig(split, block_n, num_warps=4, num_stages=2, programs=512)
+    # Many programs wait for each other's turn anyway: fewer at a time, each with more loads in flight, do better.
+    num_stages = 3 if num_programs > _PROGRAMS else 2
+    return DecodeConfig(split, block_n, num_warps=4, num_stages=num_stages, programs=_PROGRAMS)
 
 
 def paged_attention_reference(
@@ -315,7 +318,9 @@ def _launch_paged_attention(
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     context_lens = context_lens.contiguous()
     max_blocks = block_tables.shape[1]
-    config = config or decode_config(head_dim, query.element_size(), max_blocks * block_size)
+    if config is None:
+        max_tokens, num_programs = max_blocks * block_size, num_seqs * num_kv_heads
+        config = decode_config(head_dim, query.element_size(), max_tokens, num_programs)
     max_splits = cdiv(max_blocks * block_size, config.split)
     split_programs = min(max_splits, max(1, config.programs // (num_seqs * num_kv_heads)))
     whole = split_programs == 1

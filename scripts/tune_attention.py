@@ -82,7 +82,8 @@ def shapes(model: str, prefill: bool) -> list[Shape]:
     else:
         counts = ((1, 192), (1, 1000), (8, 192), (16, 192), (32, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
         batches = {f"{rows}x{context}": (context,) * rows for rows, context in counts}
-        batches["256 ragged"] = tuple(rng.randint(16, 4000) for _ in range(256))
+        for rows in (64, 128, 256):
+            batches[f"{rows} ragged"] = tuple(rng.randint(200, 1900) for _ in range(rows))
     return [Shape(f"{model} {name}", HEADS[model], lens, prefill) for name, lens in batches.items()]
 
 
@@ -272,7 +273,8 @@ def main() -> None:
     torch.manual_seed(0)
     pool = torch.empty(2, POOL_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16).normal_()
     if arguments.only != "prefill":
-        print(f"decode; default {label(decode_config(HEAD_DIM, 2, MAX_BLOCKS * BLOCK_SIZE))}")
+        few, many = (label(decode_config(HEAD_DIM, 2, MAX_BLOCKS * BLOCK_SIZE, rows * KV_HEADS)) for rows in (1, 256))
+        print(f"decode; default {few} for few rows, {many} for many")
         sweep(decode, decode_candidates(), pool, arguments.all)
     if arguments.only != "decode":
         print(f"prefill; default {label(prefill_config(HEAD_DIM, 2))}")

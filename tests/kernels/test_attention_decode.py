@@ -1,5 +1,7 @@
 """Decode attention over the paged cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -121,8 +123,10 @@ def test_config_is_checked():
         DecodeConfig(split=96, block_n=64, num_warps=4, num_stages=2, programs=1)
     for head_dim in (8, 64, 80, 128, 256):
         for element_size in (2, 4):
-            assert decode_config(head_dim, element_size, 16384).split == SPLIT_TOKENS
-    assert decode_config(128, 2, 131072).split == 512  # no more pieces than a fixed number
+            few, many = (decode_config(head_dim, element_size, 16384, programs) for programs in (1, 4096))
+            assert few.split == SPLIT_TOKENS
+            assert replace(few, num_stages=many.num_stages) == many
+    assert decode_config(128, 2, 131072, 1).split == 512  # no more pieces than a fixed number
 
 
 @pytest.mark.gpu
