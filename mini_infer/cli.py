@@ -25,8 +25,9 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for an error that was explained, 130 for an interrupt."""
-    # Before torch is imported: on a busy machine, threads that wait by spinning make every small product crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is imported: threads that spin for long crawl on a busy machine, and waking one that sleeps is slow,
+    # so they spin for some tens of microseconds, then sleep.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
