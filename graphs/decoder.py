@@ -40,12 +40,20 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
     Returns:
         (token ids [rows] int64, their log probabilities [rows] float32).
     """
-    hidden, positions, slots = embed_rows(
+    hidden, positions, slots, order = embed_rows(
         rows.token_ids, rows.seq_lens, rows.block_tables, params.embedding, kv.blocks.shape[4]
     )
 
     def attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, window: int) -> Tensor:
-        return paged_attention(query, key_cache, value_cache, rows.block_tables, rows.seq_lens, sliding_window=window)
+        return paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            rows.block_tables,
+            rows.seq_lens,
+            sliding_window=window,
+            row_order=order,
+        )
 
     _layers(spec, params, kv, hidden, positions, slots, attend)
     return _sample(spec, params, hidden, rows.sampling, rows.seq_lens)

@@ -11,8 +11,9 @@ On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/1
 cut at multiples of a constant, so that a row's result depends on nothing but the row; each piece is reduced with an
 online softmax (Milakov & Gimelshein 2018) by a program whose tile holds the whole query group of one KV head; pieces
 are then merged one after the other by their log-sum-exp. With many rows one program takes all pieces of a row and
-merges them itself; with few rows the pieces go to as many programs as keep the GPU busy, and a second kernel merges
-them, with the same operations in the same order. The grid depends on shapes only, lengths are read from device memory.
+merges them itself, the longest rows first; with few rows the pieces go to as many programs as keep the GPU busy, and a
+second kernel merges them, with the same operations in the same order. The grid depends on shapes only, lengths are read
+from device memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -124,6 +125,7 @@ def _split_kernel(
     value_cache_ptr,
     block_table_ptr,  # [num_seqs, max_blocks]
     context_len_ptr,  # [num_seqs]
+    order_ptr,  # [num_seqs]: the row of each program, if ORDERED
     out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous: written if WHOLE, or for a row that lies in one split
     part_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM] float32: each split's normalised output, for the others
     lse_ptr,  # [num_seqs, num_heads, max_splits] float32: its log-sum-exp (base 2)
@@ -149,14 +151,19 @@ def _split_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,  # one program takes all splits of a row's head
+    ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
     TILES: tl.constexpr = SPLIT // BLOCK_N
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(1)
+    if ORDERED:
+        wait(DEPENDENT)  # the order is made within the step
+        seq = tl.load(order_ptr + seq)
+    seq = seq.to(tl.int64)
     split_stride = tl.num_programs(2)
     table = block_table_ptr + seq * table_stride
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -179,7 +186,7 @@ def _split_kernel(
     num_splits = tl.cdiv(length, SPLIT)
     key_base = key_cache_ptr + kv_head * kc_stride_head
     value_base = value_cache_ptr + kv_head * vc_stride_head
-    if DEPENDENT:
+    if DEPENDENT and not ORDERED:
         # The first tile's K/V into the L2 cache, which the other kernels' writes go through too.
         follow = split * SPLIT + first_tile * BLOCK_N + columns < length
         here = tl.where(follow, block, 0).to(tl.int64)  # of the null block where there is nothing
@@ -187,7 +194,8 @@ def _split_kernel(
         slot = (columns % BLOCK_SIZE).to(tl.int64)
         prefetch(key_base + (here * kc_stride_block + slot * kc_stride_slot)[:, None] + line[None, :])
         prefetch(value_base + (here * vc_stride_block + slot * vc_stride_slot)[:, None] + line[None, :])
-    wait(DEPENDENT)
+    if not ORDERED:
+        wait(DEPENDENT)
     if split >= num_splits:
         return
 
@@ -307,6 +315,7 @@ def _launch_paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
+    row_order: Tensor | None = None,
     *,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -329,12 +338,14 @@ def _launch_paged_attention(
         parts = torch.empty((num_seqs, num_heads, max_splits, head_dim), dtype=torch.float32, device=query.device)
         lse = torch.empty((num_seqs, num_heads, max_splits), dtype=torch.float32, device=query.device)
     block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
-    _split_kernel[(num_seqs, num_kv_heads, split_programs)](
+    ordered = whole and row_order is not None
+    _split_kernel[(num_kv_heads, num_seqs, split_programs)](
         query,
         key_cache,
         value_cache,
         block_tables,
         context_lens,
+        row_order if ordered else context_lens,
         out,
         parts,
         lse,
@@ -360,6 +371,7 @@ def _launch_paged_attention(
         BLOCK_DIM=block_dim,
         BLOCK_N=config.block_n,
         WHOLE=whole,
+        ORDERED=ordered,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
@@ -393,6 +405,7 @@ def _paged_attention_cpu(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
+    row_order: Tensor | None,
 ) -> Tensor:
     """Rows of similar length together, scores block by block, so that K and V are copied once and never transposed."""
     block_size = key_cache.shape[2]
@@ -470,6 +483,7 @@ def _paged_attention_fake(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
+    row_order: Tensor | None,
 ) -> Tensor:
     return query.new_empty(query.shape)
 
@@ -488,6 +502,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     sliding_window: int = 0,
+    row_order: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence over its paged context.
 
@@ -499,6 +514,8 @@ def paged_attention(
         context_lens: [num_seqs] int32 or int64, tokens in the context, the current one included; each >= 1.
         scale: Factor on the scores; 1 / sqrt(head_dim) when None.
         sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
+        row_order: [num_seqs] int32, the rows by descending length: the longest begin first, so that none of them is
+            left over when the others are done. For speed only.
 
     Returns:
         [num_seqs, num_heads, head_dim], dtype of query.
@@ -506,7 +523,13 @@ def paged_attention(
     check_attention(query, key_cache, value_cache, block_tables, context_lens, sliding_window)
     if query.shape[0] != context_lens.shape[0]:
         raise ValueError(f"context_lens must be [{query.shape[0]}] (query's rows), got {tuple(context_lens.shape)}")
+    if row_order is not None and (row_order.dtype != torch.int32 or row_order.shape != context_lens.shape):
+        raise ValueError(
+            f"row_order must be int32 [{query.shape[0]}] (query's rows), got {row_order.dtype} {tuple(row_order.shape)}"
+        )
     if scale is None:
         scale = float(query.shape[2]) ** -0.5
-    out: Tensor = _paged_attention_op(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
+    out: Tensor = _paged_attention_op(
+        query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, row_order
+    )
     return out

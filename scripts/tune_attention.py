@@ -128,6 +128,7 @@ class Batch:
             self.tables[copy, :, :longest] = ids[used : used + rows * longest].view(rows, longest)  # type: ignore[index]
             used += rows * longest
         self.lens = torch.tensor(shape.lens, dtype=torch.int32, device=device)
+        self.order = self.lens.argsort(descending=True).int()
         self.starts = torch.tensor([0, *shape.lens], device=device).cumsum(0).to(torch.int32)
         tokens = sum(shape.lens) if shape.prefill else rows
         self.query = torch.empty(tokens, shape.heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
@@ -140,7 +141,7 @@ class Batch:
         scale = HEAD_DIM**-0.5
         if isinstance(config, PrefillConfig):
             return _launch_paged_prefill_attention(*args, self.starts, scale, 0, config=config)
-        return _launch_paged_attention(*args, scale, 0, config=config)
+        return _launch_paged_attention(*args, scale, 0, self.order, config=config)
 
     def expected(self) -> Tensor:
         """What call 0 should give."""

@@ -114,6 +114,9 @@ def test_programs_do_not_change_a_row(backend, make_cache, assert_close, window,
         config = DecodeConfig(split=32, block_n=16, num_warps=4, num_stages=2, programs=programs)
         outs.append(_launch_paged_attention(*args, config=config))
     assert_close("out", outs[0], expected_attention(query, cache, window=window))
+    order = torch.tensor([3, 1, 0, 4, 2], dtype=torch.int32, device=backend.device)
+    config = DecodeConfig(split=32, block_n=16, num_warps=4, num_stages=2, programs=1)
+    outs.append(_launch_paged_attention(*args, order, config=config))
     for out in outs[1:]:
         assert torch.equal(out, outs[0])
 
