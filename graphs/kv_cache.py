@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,6 +39,12 @@ class KVCache:
             _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple((layer[0], layer[1]) for layer in self.blocks)
+
+    def select(self, layers: Sequence[int]) -> KVCache:
+        """Some of the layers, in the same memory."""
+        selected = copy.copy(self)
+        selected.layers = tuple(self.layers[index] for index in layers)
+        return selected
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

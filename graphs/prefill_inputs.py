@@ -54,9 +54,11 @@ class PrefillBuffer:
         max_blocks: Blocks of the longest sequence.
         spare_row: The row that takes the tokens that no sequence wants.
         device: Where it lives.
+        storage: Memory of a larger buffer to live in, where no two are in use at a time. Default: its own.
 
     Attributes:
         inputs: What the step reads. The views keep their addresses.
+        storage: The memory, flat int32.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PrefillBuffer:
         max_blocks: int,
         spare_row: int,
         device: torch.device,
+        storage: Tensor | None = None,
     ) -> None:
         self._num_tokens = num_tokens
         self._block_size = block_size
@@ -90,8 +93,10 @@ class PrefillBuffer:
             "min_p": (num_seqs,),
         }
         self._size = sum(int(np.prod(shape)) for shape in self._shapes.values())
-        self._flat = torch.zeros(self._size, dtype=torch.int32, device=device)
-        views = {name: self._flat[begin:end].view(shape) for name, begin, end, shape in self._sections()}
+        if storage is None:
+            storage = torch.zeros(self._size, dtype=torch.int32, device=device)
+        self.storage = storage[: self._size]
+        views = {name: self.storage[begin:end].view(shape) for name, begin, end, shape in self._sections()}
         self.inputs = PrefillInputs(
             token_ids=views["token_ids"],
             positions=views["positions"],
@@ -138,7 +143,7 @@ class PrefillBuffer:
             index, begin = index + 1, end
         host["query_start_loc"][index:] = self._num_tokens
         host["last_tokens"][index:] = self._num_tokens - 1
-        self._flat.copy_(to_device(flat, self._flat.device))
+        self.storage.copy_(to_device(flat, self.storage.device))
 
     def _lay_out(self, host: dict[str, np.ndarray], index: int, begin: int, end: int, start: int) -> None:
         """Sequence ``index`` has tokens ``begin`` to ``end``, the first of them at position ``start``."""

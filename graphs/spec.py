@@ -1,15 +1,19 @@
-"""What a model is, as data: read once from its Hugging Face config, never from its code."""
+"""What a model is, as data: read once from its ``config.json``, never from its code.
+
+The file is read here and not by the Transformers library, whose import alone takes seconds. What a file leaves out is
+what that library takes then; the tests hold the two side by side.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from mini_infer.exceptions import UnsupportedModelError
+from mini_infer.graphs.rope import DEFAULT_THETA, rope_frequencies
 
 SUPPORTED_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -19,8 +23,48 @@ SUPPORTED_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Qwen3ForCausalLM": "Qwen3",
     }
 )
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MAX_HEAD_DIM = 256
+
+_LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN2: Mapping[str, Any] = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "mistral": {
+            **_LLAMA,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        "qwen2": _QWEN2,
+        "qwen3": {**_QWEN2, "head_dim": 128},
+    }
+)
+"""By ``model_type``: what the Transformers library takes where a config.json says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,103 +136,155 @@ class ModelSpec:
         return self.num_layers * (qkv + output + gate_up + down + norms) + embeddings + self.hidden_size
 
     @classmethod
-    def from_hf_config(cls, config: Any) -> ModelSpec:
-        """Read a `transformers.PretrainedConfig`.
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Read what a ``config.json`` says.
 
         Raises:
-            UnsupportedModelError: an architecture or an option that the decoder does not run.
+            UnsupportedModelError: an architecture or an option that the decoder does not run, or a value that cannot
+                be.
         """
-        architecture = check_architecture(getattr(config, "architectures", None))
-        family = config.model_type
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention_bias = bool(getattr(config, "attention_bias", False))
-        _check_options(config, head_dim)
-        inv_freq, rope_scale = _rope_frequencies(config, head_dim)
-        dtype = getattr(config, "dtype", None)
+        architecture = check_architecture(config.get("architectures"))
+        family = _check_family(architecture, config.get("model_type"))
+        values = {**DEFAULTS[family], **config}
+        _check_options(values)
+        num_heads = _integer(values, "num_attention_heads")
+        num_kv_heads = num_heads if values["num_key_value_heads"] is None else _integer(values, "num_key_value_heads")
+        if num_heads % num_kv_heads:
+            raise UnsupportedModelError(
+                f"num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
+            )
+        head_dim = _head_dim(values, num_heads)
+        inv_freq, rope_scale = rope_frequencies(_rope_parameters(values), head_dim)
+        # Biases are options of some families only: the others' code does not read them.
+        attention_bias = family in ("llama", "qwen3") and _flag(values, "attention_bias")
+        dtype = values.get("dtype") or values.get("torch_dtype")
         return cls(
             architecture=architecture,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            vocab_size=_integer(values, "vocab_size"),
+            hidden_size=_integer(values, "hidden_size"),
+            intermediate_size=_integer(values, "intermediate_size"),
+            num_layers=_integer(values, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=bool(config.tie_word_embeddings),
+            rms_norm_eps=_number(values, "rms_norm_eps"),
+            max_position_embeddings=_integer(values, "max_position_embeddings"),
+            tie_word_embeddings=_flag(values, "tie_word_embeddings"),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            mlp_bias=family == "llama" and _flag(values, "mlp_bias"),
             qk_norm=family == "qwen3",
-            sliding_windows=_sliding_windows(config),
+            sliding_windows=_sliding_windows(values, family),
             inv_freq=inv_freq,
             rope_scale=rope_scale,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         )
 
 
-def check_architecture(architectures: list[str] | None) -> str:
+def check_architecture(architectures: object) -> str:
     """The supported architecture among those that a config names.
 
     Raises:
         UnsupportedModelError: there is none; the message lists what is supported.
     """
-    for name in architectures or ():
-        if name in SUPPORTED_ARCHITECTURES:
+    names = architectures if isinstance(architectures, list) else []
+    for name in names:
+        if isinstance(name, str) and name in SUPPORTED_ARCHITECTURES:
             return name
     supported = ", ".join(f"{name} ({models})" for name, models in SUPPORTED_ARCHITECTURES.items())
-    named = ", ".join(architectures or ()) or "none (config.json has no 'architectures')"
+    named = ", ".join(map(str, names)) or "none (config.json has no 'architectures')"
     raise UnsupportedModelError(f"unsupported architecture: {named}; supported: {supported}")
 
 
-def _check_options(config: Any, head_dim: int) -> None:
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"unsupported hidden_act {config.hidden_act!r}; supported: silu")
-    if getattr(config, "quantization_config", None) is not None:
+def _check_family(architecture: str, model_type: object) -> str:
+    """The family of an architecture, which is also its ``model_type``."""
+    family = architecture.removesuffix("ForCausalLM").lower()
+    if model_type != family:
+        raise UnsupportedModelError(f"{architecture} goes with model_type {family!r}, got {model_type!r}")
+    return family
+
+
+def _check_options(values: Mapping[str, Any]) -> None:
+    if values["hidden_act"] != "silu":
+        raise UnsupportedModelError(f"unsupported hidden_act {values['hidden_act']!r}; supported: silu")
+    if values.get("quantization_config") is not None:
         raise UnsupportedModelError("unsupported: quantized weights (quantization_config); use the unquantized model")
-    if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
+
+
+def _head_dim(values: Mapping[str, Any], num_heads: int) -> int:
+    if values["head_dim"] is not None:
+        head_dim = _integer(values, "head_dim")
+    else:
+        hidden_size = _integer(values, "hidden_size")
+        if hidden_size % num_heads:
+            raise UnsupportedModelError(
+                f"hidden_size={hidden_size} is no multiple of num_attention_heads={num_heads}, and there is no head_dim"
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         raise UnsupportedModelError(f"unsupported head size {head_dim}; supported: even, at most {MAX_HEAD_DIM}")
-    num_kv_heads = config.num_key_value_heads or config.num_attention_heads
-    if config.num_attention_heads % num_kv_heads:
-        raise UnsupportedModelError(
-            f"num_attention_heads={config.num_attention_heads} is no multiple of num_key_value_heads={num_kv_heads}"
-        )
+    return head_dim
 
 
-def _sliding_windows(config: Any) -> tuple[int, ...]:
+def _sliding_windows(values: Mapping[str, Any], family: str) -> tuple[int, ...]:
     """Window of each layer, 0 for full attention."""
-    window: int = getattr(config, "sliding_window", None) or 0
-    layer_types = getattr(config, "layer_types", None)
+    num_layers = _integer(values, "num_hidden_layers")
+    by_layer = family in ("qwen2", "qwen3")
+    used = _flag(values, "use_sliding_window") if by_layer else family == "mistral"
+    window = _integer(values, "sliding_window") if used and values["sliding_window"] is not None else 0
+    layer_types = values.get("layer_types")
     if layer_types is None:
-        if config.model_type != "mistral":
-            window = 0
-        num_layers: int = config.num_hidden_layers
-        return (window,) * num_layers
+        first = _integer(values, "max_window_layers", low=0) if by_layer else 0
+        return tuple(window if layer >= first else 0 for layer in range(num_layers))
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise UnsupportedModelError(f"layer_types must name num_hidden_layers={num_layers} types, got {layer_types!r}")
     for layer_type in layer_types:
-        if layer_type not in ("full_attention", "sliding_attention"):
+        if layer_type not in ("attention", "full_attention", "sliding_attention"):
             raise UnsupportedModelError(
                 f"unsupported layer type {layer_type!r}; supported: full_attention, sliding_attention"
             )
-    return tuple(window if layer_type == "sliding_attention" else 0 for layer_type in layer_types)
+    windows = tuple(window if layer_type == "sliding_attention" else 0 for layer_type in layer_types)
+    if not by_layer and windows != (window,) * num_layers:
+        raise UnsupportedModelError(f"unsupported: layer_types that differ from a {family} model's own, {layer_types}")
+    return windows
 
 
-def _rope_frequencies(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Frequencies of RoPE and the factor on cos and sin, by the Transformers library's own initialisation."""
-    config.standardize_rope_params()
-    parameters = config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"unsupported rope scaling {rope_type!r}; supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("unsupported: partial_rotary_factor other than 1")
-    if rope_type == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies: list[float] = (1.0 / parameters["rope_theta"] ** exponents).tolist()
-        return tuple(frequencies), 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of RoPE in today's form: older files have some of them at the top level, or by other names."""
+    parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise UnsupportedModelError(f"rope_parameters must be an object, got {parameters!r}")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UnsupportedModelError("unsupported: rope_parameters by layer type")
+    outer = {
+        "rope_type": parameters.get("type", "default"),
+        "rope_theta": values.get("rope_theta", DEFAULT_THETA),
+        "original_max_position_embeddings": values["max_position_embeddings"],
+    }
+    if values.get("partial_rotary_factor") is not None:
+        outer["partial_rotary_factor"] = values["partial_rotary_factor"]
+    merged = {**outer, **parameters}
+    if "original_max_position_embeddings" in values:
+        merged["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    return merged
 
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    return tuple(inv_freq.tolist()), float(scale)
+
+def _integer(values: Mapping[str, Any], name: str, low: int = 1) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UnsupportedModelError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UnsupportedModelError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _flag(values: Mapping[str, Any], name: str) -> bool:
+    value = values[name]
+    if not isinstance(value, bool):
+        raise UnsupportedModelError(f"{name} must be true or false, got {value!r}")
+    return value

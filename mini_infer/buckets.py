@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 from mini_infer.exceptions import ConfigError
 
+DENSE_DECODE = 16
+"""Up to here every batch size has a decode bucket of its own, by default."""
+
 
 def decode_bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """Default batch sizes: every size to 16, then steps of an eighth to a quarter of the size."""
-    return _dense_sizes(range(1, 17), max_num_seqs)
+    return _dense_sizes(range(1, DENSE_DECODE + 1), max_num_seqs)
 
 
 def prefill_bucket_sizes(max_prefill_tokens: int) -> tuple[int, ...]:

@@ -2,90 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
-import mini_infer
-from mini_infer.buckets import BucketTable, decode_bucket_sizes, prefill_bucket_sizes
-from mini_infer.config import EngineConfig
+from mini_infer.buckets import DENSE_DECODE, BucketTable
+from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.params import Params
-from mini_infer.graphs.spec import ModelSpec
-from mini_infer.kernels.linear_plan import LinearPlan
-from mini_infer.machine_plan import PlanKey
+from mini_infer.machine_plan import MachinePlan, worthwhile
 from mini_infer.runner import ModelRunner
+from mini_infer.shape import Shape
 from mini_infer.step import CaptureRecord, StepKind
 
-GPU_PREFILL_TOKENS = 8192
-CPU_PREFILL_TOKENS = 512
-MEASURE_SECONDS = 0.5
-"""Time to spend on measuring the buckets of one kind of step; sizes not reached are extrapolated."""
+EAGER_MEASURE_SECONDS = 0.5
+CAPTURED_MEASURE_SECONDS = 4.0
+"""Time to spend on measuring the buckets of one kind of step; sizes not reached are interpolated. Captured steps are
+measured once for each machine, and buckets are dropped by what is found; eager ones are measured at every start."""
+TRIAL_GRAPHS = 6
+"""Graphs of each kind in the trial capture: a driver hands out memory in pieces that hold several small graphs."""
+GRAPH_MARGIN = 64 << 20
+"""Bytes on top of what graphs were measured to take: fragmentation differs from start to start."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What decides the steps that an engine has, apart from the weights.
+class StepMemory:
+    """What steps take beside weights and KV cache, in bytes.
 
     Attributes:
-        config: The engine's options.
-        spec: The model.
-        device: Where it runs.
-        dtype: Type of weights, activations and KV cache.
-        max_model_len: Most tokens of one sequence.
+        workspace: The most that one step allocates when it runs by itself.
+        graphs: All graphs together.
+        loaded: What measuring left behind for good: kernels that were loaded, the libraries' handles.
     """
 
-    config: EngineConfig
-    spec: ModelSpec
-    device: torch.device
-    dtype: torch.dtype
-    max_model_len: int
-
-    @property
-    def max_blocks(self) -> int:
-        """Blocks of the longest sequence."""
-        return -(-self.max_model_len // self.config.block_size)
-
-    @property
-    def captures(self) -> bool:
-        """True if the steps are captured as CUDA graphs."""
-        return self.device.type == "cuda" and self.config.capture_graphs
-
-    @property
-    def decode_sizes(self) -> tuple[int, ...]:
-        """Decode buckets."""
-        config = self.config
-        return BucketTable(config.decode_buckets or decode_bucket_sizes(config.max_num_seqs), config.max_num_seqs).sizes
-
-    @property
-    def prefill_sizes(self) -> tuple[int, ...]:
-        """Prefill buckets."""
-        largest = self.config.max_prefill_tokens
-        if largest is None:
-            largest = GPU_PREFILL_TOKENS if self.device.type == "cuda" else CPU_PREFILL_TOKENS
-        return BucketTable(self.config.prefill_buckets or prefill_bucket_sizes(largest), largest).sizes
-
-    def plan_key(self) -> PlanKey:
-        """Everything that measurements on this machine depend on."""
-        config = self.config
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {
-            "spec": repr(self.spec),
-            "dtype": str(self.dtype),
-            "device": gpu,
-            "linear_plan": hashlib.sha256(LinearPlan.for_gpu(gpu).to_json().encode()).hexdigest(),
-            "cuda": str(torch.version.cuda),
-            "torch": torch.__version__,
-            "mini_infer": mini_infer.__version__,
-            "block_size": str(config.block_size),
-            "max_model_len": str(self.max_model_len),
-            "max_num_seqs": str(config.max_num_seqs),
-            "max_prefill_seqs": str(config.max_prefill_seqs),
-            "decode_sizes": repr(self.decode_sizes),
-            "prefill_sizes": repr(self.prefill_sizes),
-            "captures": str(self.captures),
-        }
+    workspace: int = 0
+    graphs: int = 0
+    loaded: int = 0
 
 
 class RunnerBuilder:
@@ -115,53 +70,114 @@ class RunnerBuilder:
             max_model_len=shape.max_model_len,
         )
 
-    def capture(self, runner: ModelRunner) -> list[CaptureRecord]:
-        """Capture every step of a runner, with a progress bar."""
-        return self._capture(runner, self._shape.decode_sizes, self._shape.prefill_sizes)
-
-    def measure_memory(self) -> tuple[int, int]:
-        """Bytes that the largest steps take beside weights and KV cache, and bytes that all graphs will take."""
-        device = self._shape.device
-        trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        trial.measure_prefill(self._shape.prefill_sizes[-1:], limit_s=0)
-        trial.measure_decode(self._shape.decode_sizes[-1:], limit_s=0)
-        workspace = torch.cuda.max_memory_allocated(device) - before
-        torch.cuda.empty_cache()
-        graphs = self._estimate_graphs(trial) if self._shape.captures else 0
-        del trial
-        torch.cuda.empty_cache()
-        return workspace, graphs
-
-    def _estimate_graphs(self, trial: ModelRunner) -> int:
-        """The largest graph of each kind sets the pool, and each further one adds what the second largest adds."""
-        sizes = {StepKind.DECODE: self._shape.decode_sizes, StepKind.PREFILL: self._shape.prefill_sizes}
-        ledger = self._capture(trial, sizes[StepKind.DECODE][-2:], sizes[StepKind.PREFILL][-2:], progress=False)
-        total = 0
-        for kind, all_sizes in sizes.items():
-            captured = [record.bytes for record in ledger if record.kind is kind]
-            total += sum(captured) + captured[-1] * (len(all_sizes) - len(captured))
-        return total
-
-    def _capture(
-        self, runner: ModelRunner, decode_sizes: tuple[int, ...], prefill_sizes: tuple[int, ...], progress: bool = True
-    ) -> list[CaptureRecord]:
+    def capture(self, runner: ModelRunner, decode_sizes: Sequence[int], prefill_sizes: Sequence[int]) -> GraphSet:
+        """Capture the steps of a runner, with a progress bar."""
         config = self._shape.config
-        hidden = None if config.progress and progress else True
+        hidden = None if config.progress else True
         with tqdm(total=len(decode_sizes) + len(prefill_sizes), desc="graphs", unit="graph", disable=hidden) as bar:
             return runner.capture(decode_sizes, prefill_sizes, max_chunks=config.max_prefill_seqs, progress=bar.update)
 
-    def measure_costs(self, runner: ModelRunner) -> tuple[dict[int, float], dict[int, float], float | None]:
-        """Milliseconds by decode bucket, by prefill bucket (some of each), and to move one block."""
-        return (
-            runner.measure_decode(spread(self._shape.decode_sizes), limit_s=MEASURE_SECONDS),
-            runner.measure_prefill(spread(self._shape.prefill_sizes), limit_s=MEASURE_SECONDS),
-            runner.measure_swap(),
+    def measure_memory(self) -> StepMemory:
+        """What the steps will take: the largest ones run once, and some graphs of every size are captured on trial."""
+        shape, device = self._shape, self._shape.device
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        trial.measure_prefill(shape.prefill_sizes[-1:], limit_s=0)
+        trial.measure_decode(shape.decode_sizes[-1:], limit_s=0)
+        workspace = torch.cuda.max_memory_allocated(device) - before
+        graphs = self._estimate_graphs(trial) if shape.captures else 0
+        del trial
+        torch._C._cuda_clearCublasWorkspaces()  # those of the trial's streams, which nobody will use again
+        torch.cuda.empty_cache()
+        left, _ = torch.cuda.mem_get_info(device)
+        return StepMemory(workspace, graphs, loaded=max(0, free - left))
+
+    def _estimate_graphs(self, trial: ModelRunner) -> int:
+        shape = self._shape
+        graphs = trial.capture(
+            evenly(shape.decode_sizes, TRIAL_GRAPHS),
+            evenly(shape.prefill_sizes, TRIAL_GRAPHS),
+            max_chunks=shape.config.max_prefill_seqs,
+        )
+        num_graphs = {StepKind.DECODE: len(shape.decode_sizes), StepKind.PREFILL: len(shape.prefill_sizes)}
+        return extrapolate_bytes(graphs.ledger, graphs.bytes, num_graphs)
+
+    def measure_costs(self, runner: ModelRunner, memory: StepMemory, graphs: GraphSet | None) -> MachinePlan:
+        """Time the buckets. Of captured ones, those that do not earn their place are dropped, if no user listed them.
+
+        Args:
+            runner: Where to run them.
+            memory: What the steps take, as measured.
+            graphs: The captured steps; None if there are none.
+        """
+        shape = self._shape
+        decode_ms, prefill_ms = self._time_buckets(runner, graphs is not None)
+        decode_sizes, prefill_sizes = shape.decode_sizes, shape.prefill_sizes
+        graph_bytes = 0
+        if graphs is not None:
+            if shape.config.decode_buckets is None:  # small batches keep their own: there latency is all that counts
+                earned = worthwhile(BucketTable(decode_sizes, decode_sizes[-1], decode_ms).costs)
+                decode_sizes = tuple(size for size in decode_sizes if size <= DENSE_DECODE or size in earned)
+            if shape.config.prefill_buckets is None:
+                prefill_sizes = worthwhile(BucketTable(prefill_sizes, prefill_sizes[-1], prefill_ms).costs)
+            dropped = graphs.keep(StepKind.DECODE, decode_sizes) + graphs.keep(StepKind.PREFILL, prefill_sizes)
+            graph_bytes = memory.loaded + graphs.bytes - sum(record.bytes for record in dropped)
+        return MachinePlan(
+            workspace_bytes=memory.workspace,
+            graph_bytes=graph_bytes,
+            decode_sizes=decode_sizes,
+            prefill_sizes=prefill_sizes,
+            decode_ms={size: ms for size, ms in decode_ms.items() if size in decode_sizes},
+            prefill_ms={size: ms for size, ms in prefill_ms.items() if size in prefill_sizes},
+            swap_ms_per_block=runner.measure_swap(),
         )
 
+    def _time_buckets(self, runner: ModelRunner, captured: bool) -> tuple[dict[int, float], dict[int, float]]:
+        """Milliseconds by decode bucket and by prefill bucket: those that time allows, spread over all sizes first."""
+        measured = []
+        for sizes, measure in (
+            (self._shape.decode_sizes, runner.measure_decode),
+            (self._shape.prefill_sizes, runner.measure_prefill),
+        ):
+            first = spread(sizes)
+            if captured:
+                rest = [size for size in sizes if size not in first]
+                measured.append(measure([*first, *rest], limit_s=CAPTURED_MEASURE_SECONDS))
+            else:
+                measured.append(measure(first, limit_s=EAGER_MEASURE_SECONDS))
+        return measured[0], measured[1]
 
-def spread(sizes: tuple[int, ...]) -> list[int]:
+
+def extrapolate_bytes(trial: Sequence[CaptureRecord], total: int, num_graphs: Mapping[StepKind, int]) -> int:
+    """Bytes of all graphs, when some were captured on trial.
+
+    The largest of each kind sets the size of the pool; each one that is still missing adds what the others of its kind
+    added on average.
+
+    Args:
+        trial: The captured ones, largest first within a kind.
+        total: Bytes that they took together.
+        num_graphs: How many there will be of each kind.
+    """
+    for kind, count in num_graphs.items():
+        added = [record.bytes for record in trial if record.kind is kind][1:]
+        missing = count - 1 - len(added)
+        if missing > 0 and added:
+            total += math.ceil(fmean(added) * missing)
+    return total
+
+
+def evenly(sizes: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` of the sizes, the smallest and the largest among them, at equal distances in the list."""
+    if len(sizes) <= count:
+        return list(sizes)
+    return [sizes[round(index * (len(sizes) - 1) / (count - 1))] for index in range(count)]
+
+
+def spread(sizes: Sequence[int]) -> list[int]:
     """Sizes at least half as large again as the one before, and the last: enough to interpolate between."""
     chosen = [sizes[0]]
     for size in sizes[1:]:

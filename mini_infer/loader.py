@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mini_infer.exceptions import ModelNotFoundError, UnsupportedModelError
 from mini_infer.graphs.params import LayerParams, Params, rope_tables
-from mini_infer.graphs.spec import ModelSpec, check_architecture
+from mini_infer.graphs.spec import ModelSpec
 from mini_infer.kernels.linear import LinearWeight, pack_linear, with_tiles
 from mini_infer.kernels.linear_plan import LinearPlan
 
@@ -80,20 +80,17 @@ def read_model_files(folder: Path) -> ModelFiles:
         ModelNotFoundError: config.json is missing or is no JSON.
         UnsupportedModelError: an architecture or option that the engine does not run.
     """
-    raw = _read_json(folder / "config.json")
-    check_architecture(raw.get("architectures"))  # before the library, whose complaint would be about its own names
-    from transformers import AutoConfig
-
+    path = folder / "config.json"
+    config = _read_json(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library's own checks raise many kinds
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(f"the Transformers library refuses {folder / 'config.json'}: {reason}") from error
+        spec = ModelSpec.from_config(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
     generation = folder / "generation_config.json"
-    eos = _as_ids(raw.get("eos_token_id"))
+    eos = _as_ids(config.get("eos_token_id"))
     if generation.is_file():
         eos |= _as_ids(_read_json(generation).get("eos_token_id"))
-    return ModelFiles(folder, ModelSpec.from_hf_config(config), eos)
+    return ModelFiles(folder, spec, eos)
 
 
 def load_params(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from mini_infer.exceptions import ConfigError
 PlanKey = Mapping[str, str]
 """Everything that the measurements depend on: model shape, options, GPU, driver, versions."""
 
+MIN_SAVING = 0.03
+"""Share of a step's cost that a bucket must save to be worth its graph: less is within what a step's time varies by."""
+
 
 @dataclass(frozen=True, slots=True)
 class MachinePlan:
@@ -22,7 +25,9 @@ class MachinePlan:
 
     Attributes:
         workspace_bytes: The most that a step needs beside weights, graphs and KV cache.
-        graph_bytes: What all captured graphs take.
+        graph_bytes: What all captured graphs take, kernels that are loaded for them included.
+        decode_sizes: Decode buckets.
+        prefill_sizes: Prefill buckets.
         decode_ms: Milliseconds of a decode step by measured bucket.
         prefill_ms: Milliseconds of a prefill step by measured bucket.
         swap_ms_per_block: Milliseconds to move one block one way; None without swap space.
@@ -30,6 +35,8 @@ class MachinePlan:
 
     workspace_bytes: int
     graph_bytes: int
+    decode_sizes: tuple[int, ...]
+    prefill_sizes: tuple[int, ...]
     decode_ms: dict[int, float]
     prefill_ms: dict[int, float]
     swap_ms_per_block: float | None
@@ -60,6 +67,8 @@ class PlanStore:
             return MachinePlan(
                 workspace_bytes=int(plan["workspace_bytes"]),
                 graph_bytes=int(plan["graph_bytes"]),
+                decode_sizes=_sizes(plan["decode_sizes"]),
+                prefill_sizes=_sizes(plan["prefill_sizes"]),
                 decode_ms=_costs(plan["decode_ms"]),
                 prefill_ms=_costs(plan["prefill_ms"]),
                 swap_ms_per_block=plan["swap_ms_per_block"],
@@ -83,6 +92,27 @@ class PlanStore:
         except OSError as error:
             raise ConfigError(f"the plan cannot be kept in {self._folder}: {error}; set MINI_INFER_HOME") from error
         return path
+
+
+def worthwhile(costs: Mapping[int, float], min_saving: float = MIN_SAVING) -> tuple[int, ...]:
+    """The buckets that earn their place: the largest, and each that saves enough against the next larger one kept.
+
+    Args:
+        costs: Milliseconds of a step by bucket.
+        min_saving: Share of the larger bucket's cost that a smaller one must save.
+    """
+    kept: list[int] = []
+    for size in sorted(costs, reverse=True):
+        if not kept or costs[size] <= (1 - min_saving) * costs[kept[-1]]:
+            kept.append(size)
+    return tuple(reversed(kept))
+
+
+def _sizes(values: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in values)
+    if not sizes or min(sizes) < 1:
+        raise ValueError("sizes must be positive")
+    return sizes
 
 
 def _costs(values: Mapping[str, float]) -> dict[int, float]:

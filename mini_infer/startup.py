@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mini_infer.buckets import BucketTable
-from mini_infer.builder import GPU_PREFILL_TOKENS, RunnerBuilder, Shape
+from mini_infer.builder import GRAPH_MARGIN, RunnerBuilder, StepMemory
 from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
+from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.swap_pool import staging_bytes
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
@@ -22,8 +25,9 @@ from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
 from mini_infer.metrics import PhaseClock, StartupReport
 from mini_infer.runner import ModelRunner
 from mini_infer.scheduler import Scheduler
-from mini_infer.step import CaptureRecord
-from mini_infer.tokenizer import Tokenizer
+from mini_infer.shape import Shape, choose_device
+from mini_infer.step import CaptureRecord, StepKind
+from mini_infer.tokenizer import Tokenizer, check_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -78,52 +82,100 @@ def assemble(config: EngineConfig) -> EngineParts:
 
 def _assemble(config: EngineConfig) -> EngineParts:
     clock = PhaseClock()
-    device = choose_device(config.device)
-    folder = find_model(config.model, weights=config.load_format != "dummy")
-    files = read_model_files(folder)
-    spec = files.spec
-    dtype = choose_dtype(config.dtype, device, spec.dtype)
-    shape = Shape(config, spec, device, dtype, choose_max_model_len(config.max_model_len, spec))
+    choose_device(config.device)  # before anything is fetched
+    files = read_model_files(find_model(config.model, weights=config.load_format != "dummy"))
+    shape = Shape.of(config, files.spec)
+    log_dtype(shape)
     clock.mark("config")
-    tokenizer = _load_tokenizer(config, folder)
-    clock.mark("tokenizer")
-    params = load_params(
-        files,
-        dtype=dtype,
-        device=device,
-        # Padding sequences fill whole tables, so every slot of the last block has a position.
-        max_positions=shape.max_blocks * config.block_size,
-        dummy_seed=config.seed if config.load_format == "dummy" else None,
-        progress=config.progress,
-    )
-    clock.mark("weights")
+    params, tokenizer = _load(shape, files, clock)
     builder = RunnerBuilder(shape, params)
     stored = load_machine_plan(shape)
-    weights = workspace = graph_bytes = 0
-    if device.type == "cuda":
-        weights = torch.cuda.memory_allocated(device)
-        workspace, graph_bytes = (
-            (stored.workspace_bytes, stored.graph_bytes) if stored is not None else builder.measure_memory()
-        )
-    plan = divide_memory(shape, weights=weights, workspace=workspace, graphs=graph_bytes)
+    memory, weights = StepMemory(), 0
+    if shape.device.type == "cuda":
+        torch.cuda.empty_cache()
+        weights = torch.cuda.memory_reserved(shape.device)  # what the allocator rounds up is gone, too
+        memory = builder.measure_memory() if stored is None else StepMemory(stored.workspace_bytes, stored.graph_bytes)
+    plan = divide_memory(shape, weights=weights, workspace=memory.workspace, graphs=memory.graphs)
     clock.mark("memory")
     runner = builder.build(plan.num_gpu_blocks, plan.num_cpu_blocks)
     clock.mark("kv cache")
-    ledger = builder.capture(runner) if shape.captures else []
+    graphs = None
+    if shape.captures:
+        sizes = shape if stored is None else stored
+        graphs = builder.capture(runner, sizes.decode_sizes, sizes.prefill_sizes)
+        plan = with_true_graphs(plan, graphs.bytes)
     clock.mark("capture")
     machine_plan = stored
     if machine_plan is None and config.measure_costs:
-        machine_plan = MachinePlan(workspace, graph_bytes, *builder.measure_costs(runner))
-        if device.type == "cuda":
-            path = machine_plans().save(shape.plan_key(), machine_plan)
-            logger.info("kept what was measured in %s", path)
+        machine_plan = builder.measure_costs(runner, memory, graphs)
+        _keep(shape, machine_plan)
+    elif stored is not None and graphs is not None and graphs.bytes > stored.graph_bytes:
+        _keep(shape, replace(stored, graph_bytes=graphs.bytes))
     clock.mark("costs")
     scheduler = make_scheduler(shape, plan, machine_plan)
+    ledger: list[CaptureRecord] = []
+    if graphs is not None:
+        check_coverage(StepKind.DECODE, scheduler.decode_buckets, graphs.sizes(StepKind.DECODE))
+        check_coverage(StepKind.PREFILL, scheduler.prefill_buckets, graphs.sizes(StepKind.PREFILL))
+        ledger = with_costs(graphs.ledger, machine_plan)
     clock.mark("scheduler")
     report = clock.report()
     logger.info("%s", report.describe())
     logger.info("memory:\n%s", plan.describe())
     return EngineParts(files, tokenizer, runner, scheduler, shape, plan, tuple(ledger), stored is not None, report)
+
+
+def log_dtype(shape: Shape) -> None:
+    """Say where the type is another than was asked for, or than the model was trained in."""
+    asked = shape.config.dtype
+    if shape.device.type == "cpu" and asked != "float32":
+        logger.warning("dtype=%r: on a CPU the engine computes in float32 instead", asked)
+    elif shape.dtype == torch.float16 and shape.spec.dtype == "bfloat16":
+        logger.warning(
+            "dtype='float16', but the model was trained in bfloat16, whose range is wider: large activations may "
+            "overflow. dtype='bfloat16' is safer"
+        )
+
+
+def _load(shape: Shape, files: ModelFiles, clock: PhaseClock) -> tuple[Params, Tokenizer | None]:
+    """The weights, and beside them the tokenizer: the library that reads it takes seconds to import."""
+    config = shape.config
+    folder = find_tokenizer(config, files.folder)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer") as thread:
+        loading = None
+        if folder is not None:
+            loading = thread.submit(Tokenizer.from_pretrained, folder, trust_remote_code=config.trust_remote_code)
+        params = load_params(
+            files,
+            dtype=shape.dtype,
+            device=shape.device,
+            # Padding sequences fill whole tables, so every slot of the last block has a position.
+            max_positions=shape.max_blocks * config.block_size,
+            dummy_seed=config.seed if config.load_format == "dummy" else None,
+            progress=config.progress,
+        )
+        clock.mark("weights")
+        tokenizer = None if loading is None else loading.result()
+    clock.mark("tokenizer")
+    return params, tokenizer
+
+
+def find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
+    """Folder of the tokenizer; None for dummy weights of a bare shape, which then take token ids only.
+
+    Raises:
+        ModelNotFoundError: there is none, or not the one that was named.
+    """
+    if config.tokenizer is not None:
+        named = Path(config.tokenizer).expanduser()
+        folder = named if named.is_dir() else find_model(config.tokenizer, weights=False)  # no config.json is needed
+    try:
+        check_tokenizer(folder)
+    except ModelNotFoundError:
+        if config.load_format != "dummy" or config.tokenizer is not None:
+            raise
+        return None
+    return folder
 
 
 def machine_plans() -> PlanStore:
@@ -138,66 +190,67 @@ def load_machine_plan(shape: Shape) -> MachinePlan | None:
     return machine_plans().load(shape.plan_key())
 
 
-def choose_device(name: str) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda' but PyTorch sees no GPU; use device='cpu', or install a CUDA build of PyTorch")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+def _keep(shape: Shape, plan: MachinePlan) -> None:
+    """Keep what was measured for the next start, on a GPU."""
+    if shape.device.type == "cuda":
+        logger.info("kept what was measured in %s", machine_plans().save(shape.plan_key(), plan))
 
 
-def choose_dtype(name: str, device: torch.device, trained: str | None) -> torch.dtype:
-    """The type to compute in; a CPU always takes float32. Differences from what was asked for or trained are logged."""
-    if device.type == "cpu":
-        if name != "float32":
-            logger.warning("dtype=%r: on a CPU the engine computes in float32 instead", name)
-        return torch.float32
-    if name == "float16" and trained == "bfloat16":
+def with_true_graphs(plan: MemoryPlan, graph_bytes: int) -> MemoryPlan:
+    """The plan with what the graphs turned out to take; a warning if that is more than was set aside."""
+    if graph_bytes > plan.graphs:
         logger.warning(
-            "dtype='float16', but the model was trained in bfloat16, whose range is wider: large activations may "
-            "overflow. dtype='bfloat16' is safer"
+            "the captured graphs take %.3f GiB, %.3f GiB more than was set aside for them; the engine is that much "
+            "above gpu_memory_utilization",
+            graph_bytes / GIB,
+            (graph_bytes - plan.graphs) / GIB,
         )
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return replace(plan, graphs=graph_bytes)
 
 
-def choose_max_model_len(asked: int | None, spec: ModelSpec) -> int:
-    """The longest sequence.
+def with_costs(ledger: Collection[CaptureRecord], plan: MachinePlan | None) -> list[CaptureRecord]:
+    """The records with what each step was measured to cost."""
+    if plan is None:
+        return list(ledger)
+    costs = {StepKind.DECODE: plan.decode_ms, StepKind.PREFILL: plan.prefill_ms}
+    return [replace(record, step_ms=costs[record.kind].get(record.bucket)) for record in ledger]
+
+
+def check_coverage(kind: StepKind, table: BucketTable, captured: Collection[int]) -> None:
+    """See that every batch the scheduler may form has a graph.
+
+    Args:
+        kind: Decode or prefill.
+        table: The scheduler's buckets.
+        captured: Buckets that have a graph.
 
     Raises:
-        ConfigError: longer than the model was made for, or too short for a prompt token and a generated one.
+        ConfigError: there are sizes without one; the message names them.
     """
-    if asked is None:
-        return spec.max_position_embeddings
-    if not 2 <= asked <= spec.max_position_embeddings:
+    missing = [size for size in range(1, table.largest + 1) if table.bucket(size) not in captured]
+    if missing:
+        buckets = sorted({table.bucket(size) for size in missing})
         raise ConfigError(
-            f"max_model_len must be between 2 and the model's {spec.max_position_embeddings}, got {asked}"
+            f"no captured graph for {kind.value} steps of {_ranges(missing)}, which run in buckets {buckets}; there "
+            f"are graphs for {sorted(captured)}"
         )
-    return asked
 
 
-def _load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
-    """The tokenizer; None for dummy weights of a bare shape, which then take token ids only."""
-    where = folder
-    if config.tokenizer is not None:
-        named = Path(config.tokenizer).expanduser()
-        where = named if named.is_dir() else find_model(config.tokenizer, weights=False)  # no config.json is needed
-    try:
-        return Tokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
-    except ModelNotFoundError:
-        if config.load_format != "dummy" or config.tokenizer is not None:
-            raise
-        return None
+def _ranges(sizes: list[int]) -> str:
+    """Ascending numbers for people: 1-4, 7."""
+    runs: list[tuple[int, int]] = []
+    for size in sizes:
+        if runs and size == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], size
+        else:
+            runs.append((size, size))
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None) -> Scheduler:
     """The scheduler, with the costs that were measured."""
     config = shape.config
+    sizes = shape if measured is None else measured
     decode_ms = prefill_ms = swap_ms = None
     if measured is not None:
         decode_ms, prefill_ms, swap_ms = measured.decode_ms, measured.prefill_ms, measured.swap_ms_per_block
@@ -207,8 +260,8 @@ def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None)
         config.block_size,
         num_gpu_blocks=plan.num_gpu_blocks,
         num_cpu_blocks=plan.num_cpu_blocks,
-        decode_buckets=BucketTable(shape.decode_sizes, shape.decode_sizes[-1], decode_ms),
-        prefill_buckets=BucketTable(shape.prefill_sizes, shape.prefill_sizes[-1], prefill_ms),
+        decode_buckets=BucketTable(sizes.decode_sizes, config.max_num_seqs, decode_ms),
+        prefill_buckets=BucketTable(sizes.prefill_sizes, shape.max_prefill_tokens, prefill_ms),
         max_prefill_seqs=config.max_prefill_seqs,
         prefill_share=config.prefill_share,
         preemption=config.preemption,
@@ -241,6 +294,10 @@ def divide_memory(shape: Shape, *, weights: int, workspace: int, graphs: int) ->
     num_cpu_blocks = config.num_cpu_blocks
     if num_cpu_blocks is None:
         num_cpu_blocks = int(config.swap_space_gib * GIB) // block_bytes
+    if shape.captures and graphs:
+        graphs += GRAPH_MARGIN
+        # Steps run outside their graphs only before the first capture, and give that memory back.
+        workspace = max(0, workspace - graphs)
     if device.type == "cuda":
         workspace += staging_bytes(num_cpu_blocks, block_bytes)
     return plan_memory(
@@ -265,16 +322,15 @@ def estimate_plan(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
     Raises:
         As `assemble`.
     """
-    device = choose_device(config.device)
-    spec = read_model_files(find_model(config.model, weights=False)).spec
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)
-    shape = Shape(config, spec, device, dtype, choose_max_model_len(config.max_model_len, spec))
+    shape = Shape.of(config)
+    log_dtype(shape)
+    spec, itemsize = shape.spec, shape.dtype.itemsize
     weights = workspace = 0
-    if device.type == "cuda":
-        weights = spec.num_parameters() * dtype.itemsize
+    if shape.device.type == "cuda":
+        weights = spec.num_parameters() * itemsize
         widest = 3 * spec.hidden_size + 3 * spec.intermediate_size + spec.q_size
-        activations = (config.max_prefill_tokens or GPU_PREFILL_TOKENS) * widest * dtype.itemsize
-        logits = config.max_num_seqs * spec.vocab_size * (dtype.itemsize + 4)
+        activations = shape.max_prefill_tokens * widest * itemsize
+        logits = config.max_num_seqs * spec.vocab_size * (itemsize + 4)
         workspace = activations + logits
     return spec, divide_memory(shape, weights=weights, workspace=workspace, graphs=0)
 

@@ -1,10 +1,13 @@
-"""One step's decision, from the scheduler to the runner, and what comes back. Frozen, pure Python."""
+"""One step's decision, from the scheduler to the runner, and what comes back. Frozen; no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import NO_ROW
@@ -76,7 +79,7 @@ class MoveRow:
 
 @dataclass(frozen=True, slots=True)
 class ExtendRow:
-    """Append ``block_ids`` to a row's block table, from index ``start`` on."""
+    """A row's block table goes on with ``block_ids`` from index ``start``; what stood there is not its own any more."""
 
     row: int
     start: int
@@ -91,6 +94,27 @@ class ClearRow:
 
 
 RowEdit: TypeAlias = PlaceRow | MoveRow | ExtendRow | ClearRow
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Members:
+    """Who is in a step, so that the scheduler knows where its tokens go. Steps share it until somebody comes or goes.
+
+    Attributes:
+        slots: [num_seqs] int64, each request's slot in the `OutputTable`.
+        owners: [num_seqs] int64, the number of the request whose slot it was then.
+    """
+
+    slots: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+    def select(self, indices: NDArray[np.int64]) -> Members:
+        """Some of them."""
+        return Members(self.slots[indices], self.owners[indices])
+
+
+NO_MEMBERS = Members(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+"""Of an idle step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +133,7 @@ class SchedulerOutputs:
         swap_out: (device block, CPU block) pairs to save.
         swap_in: (device block, CPU block) pairs to bring back.
         reason: Why this step and not another, for people.
+        members: Who ``request_ids`` are, for `Scheduler.update`.
     """
 
     step: int
@@ -120,6 +145,7 @@ class SchedulerOutputs:
     swap_out: tuple[tuple[int, int], ...] = ()
     swap_in: tuple[tuple[int, int], ...] = ()
     reason: str = ""
+    members: Members = field(default=NO_MEMBERS, repr=False, compare=False)
 
     @property
     def num_seqs(self) -> int:
@@ -137,16 +163,24 @@ class SchedulerOutputs:
         return self.kind is not StepKind.IDLE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SampledTokens:
     """What a step sampled: one entry for each of `SchedulerOutputs.request_ids`, in order.
 
     For a chunk that does not complete its prompt the entry means nothing. A log probability of NaN says that the
     model's logits were not finite.
+
+    Attributes:
+        token_ids: [num_seqs] int32.
+        logprobs: [num_seqs] float32, natural.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+    def select(self, indices: NDArray[np.int64]) -> SampledTokens:
+        """Some of them."""
+        return SampledTokens(self.token_ids[indices], self.logprobs[indices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +192,11 @@ class CaptureRecord:
         bucket: Its rows or tokens.
         seconds: Time to warm up and capture it.
         bytes: Device memory that it took beside what the graphs before it had taken.
+        step_ms: Milliseconds of one replay as measured after the capture; None if it was not.
     """
 
     kind: StepKind
     bucket: int
     seconds: float
     bytes: int
+    step_ms: float | None = None

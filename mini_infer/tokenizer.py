@@ -12,6 +12,8 @@ from mini_infer.exceptions import InvalidRequestError, ModelNotFoundError
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that take ``tokenizer.json`` as it is and add no rules of their own."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+"""A folder with one of these has a tokenizer."""
 
 
 class Tokenizer:
@@ -38,11 +40,7 @@ class Tokenizer:
             ModelNotFoundError: there is no tokenizer, or it cannot be read.
         """
         folder = Path(path)
-        names = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-        if not any((folder / name).is_file() for name in names):
-            raise ModelNotFoundError(
-                f"{folder} has no tokenizer: looked for {', '.join(names)}. Add one, or name another in `tokenizer`"
-            )
+        check_tokenizer(folder)
         try:
             if _is_plain(folder):
                 from transformers import PreTrainedTokenizerFast
@@ -129,6 +127,19 @@ class Tokenizer:
         except (TemplateError, ValueError) as error:
             raise InvalidRequestError(f"the model's chat template refuses the messages: {error}") from error
         return token_ids
+
+
+def check_tokenizer(folder: Path) -> None:
+    """See that there is a tokenizer, without reading it.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelNotFoundError(
+            f"{folder} has no tokenizer: looked for {', '.join(TOKENIZER_FILES)}. Add one, or name another in "
+            "`tokenizer`"
+        )
 
 
 def _is_plain(folder: Path) -> bool:

@@ -45,7 +45,7 @@ RULES = {
     "scheduler": Rule((*BASE, *RECORDS, *MEMORY), ()),
     "kernels": Rule(BASE, (*ARRAYS, "triton")),
     "graphs": Rule((*BASE, "config", "sampling", "step", "kernels"), (*ARRAYS, "triton", "tqdm")),
-    "graphs.spec": Rule(BASE, (*ARRAYS, "transformers")),  # rope scaling, as transformers computes it
+    "graphs.spec": Rule(BASE, ()),
     "loader": Rule(never=(*TOP, "runner", "scheduler")),
     "runner": Rule(never=(*TOP, "scheduler", "memory.block_manager", "memory.prefix_cache")),
     "engine": Rule(never=("server", "cli", "__main__")),

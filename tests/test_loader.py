@@ -293,8 +293,8 @@ def test_broken_config(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": "many"}, {"model_type": None}, {"model_type": "no-such-type"}])
-def test_a_config_that_the_library_refuses(folder: Path, changes: dict[str, Any]) -> None:
-    """Our own error, with the file and the library's reason on one line."""
+def test_a_config_that_cannot_be(folder: Path, changes: dict[str, Any]) -> None:
+    """Our own error, with the file and the reason on one line."""
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=r"config\.json") as raised:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +18,29 @@ import torch
 
 from mini_infer import EngineConfig, LLMEngine
 from mini_infer import startup as startup_module
+from mini_infer.buckets import BucketTable
+from mini_infer.builder import GRAPH_MARGIN, RunnerBuilder
 from mini_infer.exceptions import ConfigError, MiniInferError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import read_model_files
+from mini_infer.machine_plan import MachinePlan
+from mini_infer.memory.plan import MemoryPlan
+from mini_infer.shape import Shape, choose_dtype
 from mini_infer.startup import (
     assemble,
-    choose_device,
-    choose_dtype,
-    choose_max_model_len,
+    check_coverage,
+    divide_memory,
     estimate_plan,
     free_cpu_memory,
+    log_dtype,
+    with_costs,
+    with_true_graphs,
 )
-from tests.tiny_models import MAX_POSITIONS, make_tiny_model
+from mini_infer.step import CaptureRecord, StepKind
+from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import save_tiny_tokenizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -57,83 +69,61 @@ def config_of(folder: Path, **options: Any) -> EngineConfig:
     return EngineConfig(model=str(folder), **{**defaults, **options})
 
 
-# Device
-
-
-@NO_GPU
-def test_cuda_without_a_gpu(folder: Path) -> None:
-    """Refused before anything is loaded, with the ways out."""
-    with pytest.raises(ConfigError, match="device='cuda' but PyTorch sees no GPU; use device='cpu'"):
-        choose_device("cuda")
-    with pytest.raises(ConfigError, match="sees no GPU"):
-        LLMEngine(config_of(Path("/no/such/model"), device="cuda"))
-
-
-@NO_GPU
-def test_auto_is_the_cpu_without_a_gpu() -> None:
-    assert choose_device("auto") == CPU
-
-
-def test_auto_is_the_gpu_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current one, by its number, so that it does not change under way."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 3)
-    assert choose_device("cpu") == CPU
-
-
 # Type
 
 
+def shape_with(folder: Path, dtype: str, device: torch.device, trained: str | None) -> Shape:
+    spec = replace(read_model_files(folder).spec, dtype=trained)
+    return Shape(config_of(folder, dtype=dtype), spec, device, choose_dtype(dtype, device), 64)
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_a_cpu_says_that_it_takes_float32(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_says_that_it_takes_float32(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert choose_dtype(name, CPU, "bfloat16") is torch.float32
+        log_dtype(shape_with(folder, name, CPU, "bfloat16"))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert name in caplog.text
     assert "float32" in caplog.text
 
 
-def test_no_word_where_there_is_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_word_where_there_is_nothing_to_say(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was asked for is what is used: silence."""
     with caplog.at_level(logging.DEBUG):
-        assert choose_dtype("float32", CPU, "bfloat16") is torch.float32
-        assert choose_dtype("bfloat16", GPU, "bfloat16") is torch.bfloat16
-        assert choose_dtype("bfloat16", GPU, "float16") is torch.bfloat16
-        assert choose_dtype("float16", GPU, "float16") is torch.float16
-        assert choose_dtype("float16", GPU, None) is torch.float16
-        assert choose_dtype("float32", GPU, "bfloat16") is torch.float32
+        for dtype, device, trained in (
+            ("float32", CPU, "bfloat16"),
+            ("bfloat16", GPU, "bfloat16"),
+            ("bfloat16", GPU, "float16"),
+            ("float16", GPU, "float16"),
+            ("float16", GPU, None),
+            ("float32", GPU, "bfloat16"),
+        ):
+            log_dtype(shape_with(folder, dtype, device, trained))
     assert not caplog.records
 
 
-def test_float16_for_a_bfloat16_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_float16_for_a_bfloat16_model(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The contract's default meets most of today's models: it is used as asked, and the risk is named."""
     with caplog.at_level(logging.WARNING):
-        assert choose_dtype("float16", GPU, "bfloat16") is torch.float16
+        log_dtype(shape_with(folder, "float16", GPU, "bfloat16"))
     assert "trained in bfloat16" in caplog.text
     assert "overflow" in caplog.text
 
 
-def test_the_engine_logs_its_type(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_type_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the contract's default dtype on a CPU, the user reads what is used instead; the KV cache is float32."""
+    config = EngineConfig(model=str(folder), device="cpu", max_model_len=64, measure_costs=False)
     with caplog.at_level(logging.WARNING):
-        parts = assemble(EngineConfig(model=str(folder), device="cpu", max_model_len=64, measure_costs=False))
-    assert "computes in float32 instead" in caplog.text
+        parts = assemble(config)
+    assert caplog.text.count("computes in float32 instead") == 1
     assert parts.shape.dtype is torch.float32
     assert parts.runner._kv.blocks.dtype is torch.float32
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        estimate_plan(config)
+    assert caplog.text.count("computes in float32 instead") == 1
 
 
 # Length
-
-
-def test_max_model_len_bounds(spec: ModelSpec, folder: Path) -> None:
-    """From a prompt token and a generated one to what the model was made for."""
-    assert choose_max_model_len(None, spec) == MAX_POSITIONS
-    assert choose_max_model_len(2, spec) == 2
-    assert choose_max_model_len(MAX_POSITIONS, spec) == MAX_POSITIONS
-    for value in (1, MAX_POSITIONS + 1):
-        with pytest.raises(ConfigError, match=f"between 2 and the model's {MAX_POSITIONS}, got {value}"):
-            LLMEngine(config_of(folder, max_model_len=value))
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])
@@ -219,7 +209,156 @@ def test_estimated_plan_is_the_plan(folder: Path) -> None:
     assert (plan.num_gpu_blocks, plan.kv_cache) == (real.num_gpu_blocks, real.kv_cache)
 
 
+def memory_plan(graphs: int) -> MemoryPlan:
+    return MemoryPlan("a GPU", 2000, 1800, 400, 100, graphs, 10, 99, 0, 16)
+
+
+def test_the_true_size_of_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """What they turned out to take is what is reported; the reserve has the difference. Too little is a warning."""
+    with caplog.at_level(logging.WARNING):
+        assert with_true_graphs(memory_plan(200), 150) == memory_plan(150)
+    assert not caplog.records
+    assert memory_plan(150).reserve == memory_plan(200).reserve + 50
+    with caplog.at_level(logging.WARNING):
+        assert with_true_graphs(memory_plan(200 << 20), 712 << 20).graphs == 712 << 20
+    assert "0.500 GiB more than was set aside" in caplog.text
+
+
+def test_graphs_and_workspace_are_not_added(folder: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run outside their graphs before the first capture only, so the larger of the two is set aside."""
+    gpu = {"mem_get_info": (9 << 30, 10 << 30), "memory_reserved": 1 << 30, "get_device_name": "a GPU"}
+    for name, value in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for capture_graphs, graphs, workspace, expected in (
+        (True, 1000, 600, (1000 + GRAPH_MARGIN, 0)),
+        (True, 1000, GRAPH_MARGIN + 1600, (1000 + GRAPH_MARGIN, 600)),
+        (False, 0, 600, (0, 600)),
+    ):
+        shape = Shape(config_of(folder, capture_graphs=capture_graphs), spec, GPU, torch.float16, 64)
+        plan = divide_memory(shape, weights=1 << 30, workspace=workspace, graphs=graphs)
+        assert (plan.graphs, plan.workspace) == expected
+        assert 0 <= plan.reserve < plan.block_bytes
+
+
+# Graphs
+
+
+class FakeGraphs:
+    """Stands in for a `GraphSet` where there is no GPU."""
+
+    def __init__(self, decode_sizes: Sequence[int], prefill_sizes: Sequence[int], missing: set[int]) -> None:
+        self.bytes = 0
+        self._sizes = {StepKind.DECODE: set(decode_sizes) - missing, StepKind.PREFILL: set(prefill_sizes)}
+        self.ledger = [
+            CaptureRecord(kind, size, 0.1, 5) for kind, sizes in self._sizes.items() for size in sorted(sizes)
+        ]
+
+    def sizes(self, kind: StepKind) -> frozenset[int]:
+        return frozenset(self._sizes[kind])
+
+    def keep(self, kind: StepKind, sizes: Sequence[int]) -> list[CaptureRecord]:
+        dropped = [record for record in self.ledger if record.kind is kind and record.bucket not in sizes]
+        self.ledger = [record for record in self.ledger if record not in dropped]
+        self._sizes[kind] &= set(sizes)
+        return dropped
+
+
+def capture_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: set[int]) -> None:
+    """Let the engine believe that steps are captured, all but the decode buckets that are to be missing."""
+    monkeypatch.setattr(Shape, "captures", True)
+    monkeypatch.setattr(
+        RunnerBuilder, "capture", lambda self, runner, decode, prefill: FakeGraphs(decode, prefill, missing)
+    )
+
+
+def test_no_start_without_a_graph_for_every_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket of the scheduler's that was not captured is found at the start, not by the first batch that needs it."""
+    capture_on_a_cpu(monkeypatch, missing={3, 4})
+    with pytest.raises(ConfigError, match=r"no captured graph for decode steps of 3-4, .* \[3, 4\]; .* \[1, 2, 5\]"):
+        LLMEngine(config_of(folder, max_num_seqs=5))
+    capture_on_a_cpu(monkeypatch, missing=set())
+    assert len(assemble(config_of(folder, max_num_seqs=5)).graphs) > 5
+
+
+def test_coverage_is_by_the_cheapest_bucket(folder: Path) -> None:
+    """What counts is where the scheduler sends a batch, which need not be the smallest bucket that holds it."""
+    table = BucketTable([2, 4, 8, 16], 16, {2: 1.0, 4: 3.0, 8: 2.0, 16: 4.0})
+    check_coverage(StepKind.DECODE, table, [2, 8, 16])
+    with pytest.raises(ConfigError, match=r"prefill steps of 1-2, 9-16, which run in buckets \[2, 16\]"):
+        check_coverage(StepKind.PREFILL, table, [4, 8])
+
+
+def test_the_ledger_has_what_steps_cost() -> None:
+    """As measured after the capture, by kind and bucket; None where nothing was measured."""
+    ledger = [CaptureRecord(kind, bucket, 0.1, 5) for kind in (StepKind.DECODE, StepKind.PREFILL) for bucket in (1, 2)]
+    plan = MachinePlan(0, 0, (1, 2), (1, 2), {1: 0.5, 2: 0.75}, {2: 3.0}, None)
+    assert [record.step_ms for record in with_costs(ledger, plan)] == [0.5, 0.75, None, 3.0]
+    assert with_costs(ledger, None) == ledger
+
+
+def test_default_buckets_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of captured steps, those of buckets that save nothing are dropped: from the graphs, the table and the ledger.
+
+    Small batches keep their own.
+    """
+    capture_on_a_cpu(monkeypatch, missing=set())
+    monkeypatch.setattr(
+        "mini_infer.runner.ModelRunner.measure_decode",
+        lambda self, buckets, limit_s: {size: 1.0 if size <= 24 else 2.0 + size / 1000 for size in buckets},
+    )
+    monkeypatch.setattr(
+        "mini_infer.runner.ModelRunner.measure_prefill",
+        lambda self, buckets, limit_s: {size: float(size) for size in buckets},
+    )
+    for listed, expected in ((None, (*range(1, 17), 24, 40)), ([1, 2, 3, 4], (1, 2, 3, 4, 40))):
+        parts = assemble(
+            config_of(folder, max_num_seqs=40, max_prefill_tokens=48, measure_costs=True, decode_buckets=listed)
+        )
+        assert parts.scheduler.decode_buckets.sizes == expected
+        assert parts.scheduler.prefill_buckets.sizes == (16, 32, 48)
+        decode = [record for record in parts.graphs if record.kind is StepKind.DECODE]
+        assert tuple(record.bucket for record in decode) == expected
+        assert [record.step_ms for record in decode] == [parts.scheduler.decode_buckets.costs[r.bucket] for r in decode]
+
+
 # Tokenizer and model
+
+
+def test_a_bare_shape_starts_without_transformers(folder: Path, tmp_path: Path) -> None:
+    """Importing that library takes longer than all the rest of such a start."""
+    shutil.copy(folder / "config.json", tmp_path)
+    code = (
+        "import sys\n"
+        "from mini_infer import EngineConfig, LLMEngine\n"
+        "config = EngineConfig(model=sys.argv[1], device='cpu', dtype='float32', load_format='dummy', max_num_seqs=2,\n"
+        "                      max_model_len=64, measure_costs=False, progress=False)\n"
+        "with LLMEngine(config) as engine: assert engine.generate([[5, 6]], max_tokens=2)[0].token_ids\n"
+        "print({'transformers', 'tokenizers', 'huggingface_hub', 'gguf'} & {*sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_tokenizer_that_is_not_there_costs_no_weights(folder: Path, tmp_path: Path) -> None:
+    """It is looked for before the weights are read."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelNotFoundError, match="no tokenizer"):
+        LLMEngine(config_of(tmp_path))
+
+
+def test_a_broken_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Read beside the weights, its error is raised all the same; dummy weights do not excuse it."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    for load_format in ("auto", "dummy"):
+        with pytest.raises(ModelNotFoundError, match="cannot be read"):
+            LLMEngine(config_of(tmp_path / "model", load_format=load_format))
 
 
 def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -265,7 +404,7 @@ def test_report(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         parts = assemble(config_of(folder, measure_costs=True))
     assert list(parts.report.phases) == [
-        "config", "tokenizer", "weights", "memory", "kv cache", "capture", "costs", "scheduler",
+        "config", "weights", "tokenizer", "memory", "kv cache", "capture", "costs", "scheduler",
     ]  # fmt: skip
     assert sum(parts.report.phases.values()) == pytest.approx(parts.report.total)
     assert parts.report.describe() in caplog.text

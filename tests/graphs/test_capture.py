@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mini_infer.exceptions import ConfigError
+from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
@@ -54,7 +56,18 @@ def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def make_runner(weights: Weights, *, captured: bool) -> ModelRunner:
-    runner = ModelRunner(
+    runner = bare_runner(weights)
+    if captured:
+        capture(runner)
+    return runner
+
+
+def capture(runner: ModelRunner) -> GraphSet:
+    return runner.capture(range(1, MAX_ROWS + 1), [64, 256], max_chunks=MAX_ROWS)
+
+
+def bare_runner(weights: Weights) -> ModelRunner:
+    return ModelRunner(
         weights.spec,
         weights.params,
         device=torch.device("cuda"),
@@ -65,9 +78,6 @@ def make_runner(weights: Weights, *, captured: bool) -> ModelRunner:
         max_num_seqs=MAX_ROWS,
         max_model_len=MAX_LEN,
     )
-    if captured:
-        runner.capture(range(1, MAX_ROWS + 1), [64, 256], max_chunks=MAX_ROWS)
-    return runner
 
 
 def table(row: int) -> tuple[int, ...]:
@@ -205,3 +215,32 @@ def test_state_follows_the_edits(weights: Weights) -> None:
         for r in range(MAX_ROWS):
             assert state[r] == ((*expected[r], 1) if r in expected else (1, 0, 0))
             assert r in expected or tokens[r] == 0
+
+
+def test_the_set_knows_its_graphs(weights: Weights) -> None:
+    """Sizes by kind, a record for each in the order of capture, and the bytes of all; what is dropped is gone."""
+    runner = bare_runner(weights)
+    graphs = capture(runner)
+    assert graphs.sizes(StepKind.DECODE) == frozenset(range(1, MAX_ROWS + 1))
+    assert graphs.sizes(StepKind.PREFILL) == {64, 256}
+    assert [record.bucket for record in graphs.ledger] == [256, 64, *range(MAX_ROWS, 0, -1)]
+    assert all(record.seconds > 0 for record in graphs.ledger)
+    assert graphs.bytes >= sum(record.bytes for record in graphs.ledger) > 0
+    dropped = graphs.keep(StepKind.DECODE, (2, 5, MAX_ROWS))
+    assert sorted(record.bucket for record in dropped) == sorted({*range(1, MAX_ROWS)} - {2, 5})
+    assert graphs.sizes(StepKind.DECODE) == {2, 5, MAX_ROWS}
+    assert graphs.sizes(StepKind.PREFILL) == {64, 256}
+    assert [record.bucket for record in graphs.ledger] == [256, 64, MAX_ROWS, 5, 2]
+    clear(runner)
+    decode(runner, 5, 5)
+    with pytest.raises(ConfigError, match=r"no graph for decode bucket 4; there are \[2, 5, 12\]"):
+        decode(runner, 4, 4)
+    with pytest.raises(ConfigError, match=r"no graph for prefill bucket 32; there are \[64, 256\]"):
+        graphs.prefill((), 32)
+
+
+def test_the_pool_is_shared(weights: Weights) -> None:
+    """The largest step's graph brings the memory; the smaller ones of its kind add their own nodes and little else."""
+    ledger = capture(bare_runner(weights)).ledger
+    of_decode = [record.bytes for record in ledger if record.kind is StepKind.DECODE]
+    assert sum(of_decode) <= len(of_decode) * (2 << 20)

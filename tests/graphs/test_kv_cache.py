@@ -43,3 +43,11 @@ def test_a_large_pool_takes_no_memory_before_it_is_written() -> None:
     assert kv.blocks.numel() * 4 > 500 * 2**20
     kv.blocks[:, :, 12_345] = 1.0
     assert resident() - before < 50 * 2**20
+
+
+def test_some_layers_in_the_same_memory(device: torch.device) -> None:
+    """A selection writes to the layers that were chosen, and leaves the cache it came from as it is."""
+    kv = make_cache(5, device)
+    kv.select([0, 2]).layers[1][0][4, 1, 0, 3] = 1.0
+    assert kv.blocks.nonzero().tolist() == [[2, 0, 4, 1, 0, 3]]
+    assert (len(kv.layers), len(kv.select([0, 2]).layers)) == (LAYERS, 2)

@@ -206,3 +206,18 @@ def test_on_a_gpu() -> None:
         buffer.fill(chunks)
         check(buffer, shape, chunks)
     assert {name: tensor.data_ptr() for name, tensor in tensors(buffer).items()} == addresses
+
+
+def test_buffers_that_share_memory() -> None:
+    """A smaller buffer in the memory of a larger one: each is as if it were alone, whichever was filled before."""
+    large, small = Shape(40, 5, 4, 6, 5), Shape(8, 3, 4, 6, 5)
+    first = large.buffer()
+    options: dict[str, Any] = {"block_size": 4, "max_blocks": 6, "spare_row": 5, "device": CPU}
+    second = PrefillBuffer(8, 3, **options, storage=first.storage)
+    assert second.storage.data_ptr() == first.storage.data_ptr()
+    for shape, buffer in ((large, first), (small, second), (large, first)):
+        chunk = PrefillChunk("a", 0, (3, 4, 5), (1,), SamplingParams(), 9, is_last=True, row=2)
+        alone = shape.buffer()
+        for filled in (buffer, alone):
+            filled.fill([chunk])
+        assert torch.equal(buffer.storage, alone.storage)

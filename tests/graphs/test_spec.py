@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from mini_infer.exceptions import UnsupportedModelError
 from mini_infer.graphs.params import rope_tables
-from mini_infer.graphs.spec import MAX_HEAD_DIM, SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, ModelSpec
+from mini_infer.graphs.rope import SUPPORTED_ROPE_TYPES
+from mini_infer.graphs.spec import MAX_HEAD_DIM, SUPPORTED_ARCHITECTURES, ModelSpec
 from mini_infer.loader import read_model_files
 from tests.tiny_models import VARIANTS, make_tiny_model
 
@@ -244,6 +245,26 @@ def test_old_names_of_rope_scaling(tmp_path: Path) -> None:
         ({"head_dim": 15}, ["even", "15"]),
         ({"head_dim": 258}, ["head size 258", str(MAX_HEAD_DIM)]),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, ["num_attention_heads=32", "num_key_value_heads=5"]),
+        ({"num_attention_heads": 48, "num_key_value_heads": 6}, ["hidden_size=4096", "num_attention_heads=48"]),
+        ({"model_type": "mistral"}, ["LlamaForCausalLM", "'llama'", "'mistral'"]),
+        ({"hidden_size": "many"}, ["hidden_size", "integer", "'many'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1", "0"]),
+        ({"vocab_size": None}, ["vocab_size", "None"]),
+        ({"max_position_embeddings": True}, ["max_position_embeddings", "True"]),
+        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "number", "'1e-5'"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false", "'yes'"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["linear", "factor", "None"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -1.0}}, ["yarn", "factor", "-1.0"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3", "low_freq_factor"]),
+        ({"rope_scaling": [1.0]}, ["rope_parameters", "object", "[1.0]"]),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, ["rope scaling", "linear", *SUPPORTED_ROPE_TYPES]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["by layer type"]),
+        ({"rope_theta": 0}, ["rope_theta", "positive", "0"]),
+        ({"layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers=32"]),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 8, "architectures": ["MistralForCausalLM"],
+          "model_type": "mistral", "num_hidden_layers": 31}, ["num_hidden_layers=31"]),
+        ({"layer_types": ["full_attention"] * 32, "sliding_window": 8, "architectures": ["MistralForCausalLM"],
+          "model_type": "mistral"}, ["layer_types", "mistral"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
