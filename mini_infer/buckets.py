@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mini_infer.config import BUCKET_POLICIES
 from mini_infer.exceptions import ConfigError
 
 DENSE_DECODE = 16
@@ -13,20 +14,21 @@ DENSE_DECODE = 16
 
 
 def decode_bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Default batch sizes: every size to 16, then steps of an eighth to a quarter of the size."""
-    return _dense_sizes(range(1, DENSE_DECODE + 1), max_num_seqs)
+    """Default batch sizes: every size to 16, steps of an eighth to a quarter of the size to 64, of 16 to 512, then of
+    a thirty-second to a sixteenth of the size."""
+    return _dense_sizes(range(1, DENSE_DECODE + 1), max_num_seqs, lambda power: min(power // 4, max(16, power // 16)))
 
 
 def prefill_bucket_sizes(max_prefill_tokens: int) -> tuple[int, ...]:
     """Default token counts: every multiple of 16 to 128, then steps of an eighth to a quarter of the size."""
-    return _dense_sizes(range(16, 129, 16), max_prefill_tokens)
+    return _dense_sizes(range(16, 129, 16), max_prefill_tokens, lambda power: power // 4)
 
 
-def _dense_sizes(dense: range, largest: int) -> tuple[int, ...]:
+def _dense_sizes(dense: range, largest: int, stride: Callable[[int], int]) -> tuple[int, ...]:
+    """``dense``, then sizes as far apart as ``stride`` says for the power of two that they have reached."""
     sizes = list(dense)
     while sizes[-1] < largest:
-        power = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(sizes[-1] + power // 4)
+        sizes.append(sizes[-1] + stride(1 << (sizes[-1].bit_length() - 1)))
     return (*(size for size in sizes if size < largest), largest)
 
 
@@ -38,19 +40,31 @@ class BucketTable:
         largest: The largest size that the scheduler may ask for; added if missing, larger sizes are dropped.
         costs: Milliseconds of one step by bucket size. Sizes that were not measured are interpolated; None takes the
             cost as proportional to the size.
+        policy: "cost" takes the cheapest bucket that holds a size; "round_up" the next larger one, whatever it costs.
 
     Raises:
-        ConfigError: a size below 1, or a cost that is not positive.
+        ConfigError: a size below 1, a cost that is not positive, or an unknown policy.
     """
 
-    def __init__(self, sizes: Iterable[int], largest: int, costs: Mapping[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Iterable[int],
+        largest: int,
+        costs: Mapping[int, float] | None = None,
+        *,
+        policy: str = "cost",
+    ) -> None:
+        if policy not in BUCKET_POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(BUCKET_POLICIES)}, got {policy!r}")
         kept = sorted({size for size in sizes if size < largest} | {largest})
         if kept[0] < 1:
             raise ConfigError(f"bucket sizes must be at least 1, got {kept[0]}")
         self.sizes: tuple[int, ...] = tuple(kept)
         self.measured = costs is not None
-        self.costs: dict[int, float] = _complete_costs(self.sizes, costs or {largest: float(largest)})
-        self._bucket_of = self._cheapest_covering()
+        self._exact_ms = _complete_costs(range(1, largest + 1), costs or {largest: float(largest)})
+        self.costs: dict[int, float] = {size: self._exact_ms[size] for size in self.sizes}
+        self._by_cost = policy == "cost"
+        self._bucket_of = self._covering()
 
     @property
     def largest(self) -> int:
@@ -58,7 +72,7 @@ class BucketTable:
         return self.sizes[-1]
 
     def bucket(self, size: int) -> int:
-        """The cheapest bucket that holds ``size``; the smaller one of two that cost the same."""
+        """The bucket that a step of ``size`` runs in: by cost the cheapest that holds it, the smaller of equals."""
         if not 1 <= size <= self.largest:
             raise ConfigError(f"no bucket for size {size}: buckets cover 1 to {self.largest}")
         return self._bucket_of[size]
@@ -66,6 +80,10 @@ class BucketTable:
     def cost(self, size: int) -> float:
         """Milliseconds of a step of ``size``, padding included."""
         return self.costs[self.bucket(size)]
+
+    def exact_cost(self, size: int) -> float:
+        """Milliseconds of a step of ``size`` if it had a bucket of its own, from the measured ones around it."""
+        return self._exact_ms[size]
 
     def floor(self, size: int) -> int | None:
         """The largest bucket of at most ``size``, or None."""
@@ -76,21 +94,21 @@ class BucketTable:
         """How many of ``available`` tokens to take now, so that as little as possible is spent on padding.
 
         Padding all of them up to one bucket is compared with filling a smaller bucket exactly and padding up the
-        rest in a later step.
+        rest in a later step. The policy "round_up" always pads.
         """
         available = min(available, self.largest)
         exact = self.floor(available)
-        if exact is None or exact == available:
+        if exact is None or exact == available or not self._by_cost:
             return available
         split = self.costs[exact] + self.cost(available - exact)
         return exact if split < self.cost(available) else available
 
-    def _cheapest_covering(self) -> list[int]:
+    def _covering(self) -> list[int]:
         """Bucket by size, index 0 unused."""
         table = [0] * (self.largest + 1)
         best = self.largest
         for size in range(self.largest, 0, -1):
-            if size in self.costs and self.costs[size] <= self.costs[best]:
+            if size in self.costs and (not self._by_cost or self.costs[size] <= self.costs[best]):
                 best = size
             table[size] = best
         return table
@@ -128,13 +146,30 @@ class BucketUse:
         steps: Steps run in it.
         rows: Real rows (decode) or tokens (prefill) of those steps.
         padded: Padded rows or tokens of those steps.
-        padding_ms: The padded share of those steps' cost, in milliseconds.
+        padding_ms: Milliseconds that those steps cost more than steps of exactly their size would, by the cost table.
     """
 
     steps: int = 0
     rows: int = 0
     padded: int = 0
     padding_ms: float = 0.0
+
+    def __sub__(self, earlier: BucketUse) -> BucketUse:
+        """The use since an earlier snapshot."""
+        return BucketUse(
+            self.steps - earlier.steps,
+            self.rows - earlier.rows,
+            self.padded - earlier.padded,
+            self.padding_ms - earlier.padding_ms,
+        )
+
+
+def padding_share(uses: Iterable[BucketUse]) -> float:
+    """Padded rows as a share of all rows, 0 to 1."""
+    rows = padded = 0
+    for use in uses:
+        rows, padded = rows + use.rows, padded + use.padded
+    return padded / (rows + padded) if rows + padded else 0.0
 
 
 class PaddingCounter:
@@ -147,10 +182,9 @@ class PaddingCounter:
     def count(self, size: int, bucket: int) -> None:
         """Record one step of ``size`` real rows in ``bucket``."""
         use = self._use.get(bucket, BucketUse())
-        wasted = self._table.costs[bucket] * (bucket - size) / bucket
-        self._use[bucket] = BucketUse(
-            use.steps + 1, use.rows + size, use.padded + bucket - size, use.padding_ms + wasted
-        )
+        # Where a larger bucket is the cheaper one, padding up to it loses nothing.
+        lost = max(0.0, self._table.costs[bucket] - self._table.exact_cost(size))
+        self._use[bucket] = BucketUse(use.steps + 1, use.rows + size, use.padded + bucket - size, use.padding_ms + lost)
 
     @property
     def by_bucket(self) -> dict[int, BucketUse]:
@@ -160,6 +194,4 @@ class PaddingCounter:
     @property
     def waste(self) -> float:
         """Padded rows as a share of all rows, 0 to 1."""
-        rows = sum(use.rows for use in self._use.values())
-        padded = sum(use.padded for use in self._use.values())
-        return padded / (rows + padded) if rows + padded else 0.0
+        return padding_share(self._use.values())

@@ -68,6 +68,7 @@ class RunnerBuilder:
             block_size=shape.config.block_size,
             max_num_seqs=shape.config.max_num_seqs,
             max_model_len=shape.max_model_len,
+            measure_steps=shape.config.measure_steps,
         )
 
     def capture(self, runner: ModelRunner, decode_sizes: Sequence[int], prefill_sizes: Sequence[int]) -> GraphSet:

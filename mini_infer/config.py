@@ -12,6 +12,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 PREEMPTION_MODES = ("auto", "swap", "recompute")
+BUCKET_POLICIES = ("cost", "round_up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +46,13 @@ class EngineConfig:
         decode_buckets: Batch sizes to build steps for. ``max_num_seqs`` is always added. Default: a dense table.
         prefill_buckets: Token counts to build steps for. ``max_prefill_tokens`` is always added. Default: a dense
             table.
+        bucket_policy: How sizes are mapped to buckets: "cost" takes the cheapest one that holds a batch, and cuts
+            prefill chunks where that costs less than padding; "round_up" pads everything up to the next larger one.
         capture_graphs: Capture the steps as CUDA graphs. Off: every step runs eagerly.
         steps_in_flight: Steps launched before the first one's tokens are read; 1 waits for every step. Default: 2 on a
             GPU, 1 on a CPU.
         measure_costs: Time the buckets at start. Off: costs are taken as proportional to size.
+        measure_steps: Time every step as it runs, for `EngineStats.step_times`. For benchmarks: each step is kept.
         progress: Show progress bars for long work when the output is a terminal.
 
     Raises:
@@ -76,9 +80,11 @@ class EngineConfig:
     prefill_share: float = 0.9
     decode_buckets: Sequence[int] | None = None
     prefill_buckets: Sequence[int] | None = None
+    bucket_policy: str = "cost"
     capture_graphs: bool = True
     steps_in_flight: int | None = None
     measure_costs: bool = True
+    measure_steps: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -104,7 +110,15 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("preemption", self.preemption, PREEMPTION_MODES)
-        for name in ("trust_remote_code", "enable_prefix_caching", "capture_graphs", "measure_costs", "progress"):
+        _check_choice("bucket_policy", self.bucket_policy, BUCKET_POLICIES)
+        for name in (
+            "trust_remote_code",
+            "enable_prefix_caching",
+            "capture_graphs",
+            "measure_costs",
+            "measure_steps",
+            "progress",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("decode_buckets", "prefill_buckets"):

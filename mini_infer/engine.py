@@ -22,6 +22,7 @@ from mini_infer.runner import StepHandle
 from mini_infer.sampling import SamplingParams
 from mini_infer.startup import EngineParts, assemble
 from mini_infer.step import SchedulerOutputs, StepKind
+from mini_infer.step_timer import StepLog
 from mini_infer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class LLMEngine:
         self._outputs: dict[str, GenerateOutput] = {}  # finished, not fetched
         self._steps_in_flight = config.steps_in_flight or (2 if parts.runner.device.type == "cuda" else 1)
         self._in_flight: deque[tuple[SchedulerOutputs, StepHandle]] = deque()
+        self._step_log = StepLog()
         self._num_finished = 0
         self._tokens = {"prompt": 0, "cached": 0, "output": 0}
         self._steps = {StepKind.PREFILL: 0, StepKind.DECODE: 0}
@@ -313,6 +315,7 @@ class LLMEngine:
             graphs=parts.graphs,
             plan_loaded=parts.plan_loaded,
             startup=parts.report,
+            step_times=self._step_log.times,
         )
 
     def shutdown(self) -> None:
@@ -364,12 +367,15 @@ class LLMEngine:
         except BaseException:  # an interrupt: the tokens are still there to be read
             self._in_flight.appendleft((outputs, handle))
             raise
-        ended = []
-        for request in parts.scheduler.update(outputs, sampled):
-            stopped = self._processor.advance(request)
-            if stopped and not request.finished:
+        if handle.span is not None:
+            self._step_log.record(outputs, handle.span)
+        changed = parts.scheduler.update(outputs, sampled)
+        for request in changed:
+            self._processor.begin(request)
+        ended = [request for request in changed if request.finished]
+        for request in self._processor.advance():
+            if not request.finished:
                 parts.scheduler.finish(request.request_id, FinishReason.STOP)
-            if request.finished:
                 ended.append(request)
         return ended
 

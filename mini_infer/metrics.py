@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 
 from mini_infer.buckets import BucketUse
 from mini_infer.memory.plan import MemoryPlan
-from mini_infer.step import CaptureRecord
+from mini_infer.step import CaptureRecord, StepKind
 
 
 class PhaseClock:
@@ -46,6 +49,53 @@ class StartupReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTime:
+    """One step as it ran.
+
+    Attributes:
+        step: Its number.
+        kind: Prefill or decode.
+        bucket: Padded rows or tokens.
+        request_ids: The requests that got a token from it.
+        ms: Milliseconds on the device. Those of a prefill step include the copy of its inputs.
+        gap_ms: Milliseconds on the device between the end of the step before and the beginning of this one; None for
+            the first step.
+        read_back: When its tokens had arrived, in seconds of `time.perf_counter`.
+    """
+
+    step: int
+    kind: StepKind
+    bucket: int
+    request_ids: tuple[str, ...]
+    ms: float
+    gap_ms: float | None
+    read_back: float
+
+
+def median_step_ms(times: Iterable[StepTime], kind: StepKind) -> dict[int, float]:
+    """Median milliseconds on the device by bucket, of the steps of one kind."""
+    by_bucket: dict[int, list[float]] = {}
+    for step in times:
+        if step.kind is kind:
+            by_bucket.setdefault(step.bucket, []).append(step.ms)
+    return {bucket: median(ms) for bucket, ms in sorted(by_bucket.items())}
+
+
+def idle_share(times: Sequence[StepTime]) -> float | None:
+    """Share of the steady state in which the device ran no step, 0 to 1; None if there was no steady state.
+
+    The steady state is the decode steps that had the same rows as the step before them, each with the gap before it.
+    """
+    gaps = total = 0.0
+    for before, step in pairwise(times):
+        if step.kind is before.kind is StepKind.DECODE and step.request_ids == before.request_ids:
+            assert step.gap_ms is not None, "only the first step has no gap"
+            gaps += step.gap_ms
+            total += step.gap_ms + step.ms
+    return gaps / total if total else None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine.
 
@@ -68,6 +118,7 @@ class EngineStats:
         graphs: What each captured graph cost to make.
         plan_loaded: True if the start measured nothing, because an earlier one had.
         startup: How long the start took.
+        step_times: Every step that was read back, oldest first, if ``EngineConfig.measure_steps`` is on.
     """
 
     num_running: int
@@ -95,3 +146,4 @@ class EngineStats:
     graphs: tuple[CaptureRecord, ...]
     plan_loaded: bool
     startup: StartupReport
+    step_times: tuple[StepTime, ...] = field(repr=False)

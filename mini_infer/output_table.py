@@ -74,7 +74,7 @@ class OutputTable:
 
     def alive(self, members: Members) -> NDArray[np.bool_]:
         """Who of a step has not ended since it was launched."""
-        return self.owners[members.slots] == members.owners
+        return np.equal(self.owners[members.slots], members.owners)
 
     def tokens(self, slot: int, start: int, stop: int) -> list[int]:
         """Known tokens ``start`` to ``stop`` of a slot."""
@@ -85,7 +85,8 @@ class OutputTable:
         """Append one token for each of ``members``, but for those who have ended and those whose logits were NaN.
 
         Returns:
-            Indices of those who may have ended with it: a NaN, a token that is somebody's stop token, or the limit.
+            Indices of those who need a closer look: it is their first token, their last one allowed, a NaN, or a stop
+            token of somebody's.
         """
         alive = self.alive(members)
         is_nan = np.isnan(sampled.logprobs)
@@ -97,12 +98,12 @@ class OutputTable:
         self._tokens[slots, index] = token_ids
         self.num_known[slots] = index + 1
         self.logprobs[slots] += sampled.logprobs[kept]
-        may_end = index + 1 >= self.limits[slots]
+        notable = (index == 0) | (index + 1 >= self.limits[slots])
         if not self._stop_tokens.keys().isdisjoint(token_ids.tolist()):
-            may_end |= np.isin(token_ids, list(self._stop_tokens))
-        concerned = alive & is_nan
-        concerned[kept] = may_end
-        return np.flatnonzero(concerned)
+            notable |= np.isin(token_ids, list(self._stop_tokens))
+        found = alive & is_nan
+        found[kept] = notable
+        return np.flatnonzero(found)
 
     def _add_slots(self) -> None:
         old = len(self.owners)

@@ -115,9 +115,7 @@ class RowTable:
         """The requests whose blocks have no place for the next step's token, or that of ``ahead`` steps later."""
         _, members = self.batch
         # The K/V of the last output is never written.
-        needed = np.minimum(
-            self._outputs.num_launched[members.slots] + ahead, self._outputs.limits[members.slots] - 1
-        )
+        needed = np.minimum(self._outputs.num_launched[members.slots] + ahead, self._outputs.limits[members.slots] - 1)
         return self._at(needed > self._room[: len(self)])
 
     def with_room_for(self, num_tokens: int) -> list[Request]:

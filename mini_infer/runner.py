@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import EagerSteps, Model, Steps
 from mini_infer.graphs.swap_pool import make_swap_pool
 from mini_infer.step import SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.step_timer import StepSpan
 
 SWAP_MEASURE_BLOCKS = 64
 """Blocks to move when swapping is measured: about as many as a sequence has."""
@@ -27,9 +29,14 @@ MOST_TIMED_RUNS = 16
 
 
 class StepHandle:
-    """A launched step. `result` waits for its tokens."""
+    """A launched step. `result` waits for its tokens.
 
-    def __init__(self, sampled: Tensor, num_seqs: int) -> None:
+    Attributes:
+        span: The step's time on the device, to be asked for after `result`; None if steps are not measured.
+    """
+
+    def __init__(self, sampled: Tensor, num_seqs: int, span: StepSpan | None = None) -> None:
+        self.span = span
         self._sampled = sampled[:num_seqs]  # [num_seqs, 2] int32
         self._done: torch.cuda.Event | None = None
         if sampled.is_cuda:
@@ -42,8 +49,8 @@ class StepHandle:
         """The sampled tokens of the step's real rows (decode) or chunks (prefill)."""
         if self._done is not None:
             self._done.synchronize()
-        token_ids, logprob_bits = self._sampled.t().contiguous()
-        return SampledTokens(token_ids.tolist(), logprob_bits.view(torch.float32).tolist())
+        token_ids, logprob_bits = self._sampled.t().contiguous().numpy()
+        return SampledTokens(token_ids, logprob_bits.view(np.float32))
 
 
 class ModelRunner:
@@ -59,6 +66,7 @@ class ModelRunner:
         block_size: Tokens per block.
         max_num_seqs: Rows of the decode state.
         max_model_len: Tokens of the longest sequence.
+        measure_steps: Time every step on the device.
 
     Attributes:
         device: Where it runs.
@@ -77,6 +85,7 @@ class ModelRunner:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
+        measure_steps: bool = False,
     ) -> None:
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -87,6 +96,7 @@ class ModelRunner:
         self._model = Model(spec, params, self._kv, self._state)
         self._steps: Steps = EagerSteps(self._model, block_size=block_size, max_blocks=max_blocks, device=device)
         self._captured = False
+        self._measure_steps = measure_steps
         self.off_graph_steps = 0
 
     @torch.inference_mode()
@@ -134,10 +144,15 @@ class ModelRunner:
     def execute(self, outputs: SchedulerOutputs) -> StepHandle:
         """Launch one step, after `prepare`. On a GPU this returns before the step has run."""
         self.off_graph_steps += self.device.type == "cuda" and not self._captured
+        span = StepSpan(self.device) if self._measure_steps else None
         if outputs.kind is StepKind.PREFILL:
-            return StepHandle(self._steps.prefill(outputs.chunks, outputs.bucket), outputs.num_seqs)
-        self._state.advanced(outputs.bucket)
-        return StepHandle(self._steps.decode(outputs.bucket), outputs.num_seqs)
+            sampled = self._steps.prefill(outputs.chunks, outputs.bucket)
+        else:
+            self._state.advanced(outputs.bucket)
+            sampled = self._steps.decode(outputs.bucket)
+        if span is not None:
+            span.end()
+        return StepHandle(sampled, outputs.num_seqs, span)
 
     # Measuring, before the first request: padded rows only, which touch nothing but the null block
 

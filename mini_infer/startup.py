@@ -260,8 +260,10 @@ def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None)
         config.block_size,
         num_gpu_blocks=plan.num_gpu_blocks,
         num_cpu_blocks=plan.num_cpu_blocks,
-        decode_buckets=BucketTable(sizes.decode_sizes, config.max_num_seqs, decode_ms),
-        prefill_buckets=BucketTable(sizes.prefill_sizes, shape.max_prefill_tokens, prefill_ms),
+        decode_buckets=BucketTable(sizes.decode_sizes, config.max_num_seqs, decode_ms, policy=config.bucket_policy),
+        prefill_buckets=BucketTable(
+            sizes.prefill_sizes, shape.max_prefill_tokens, prefill_ms, policy=config.bucket_policy
+        ),
         max_prefill_seqs=config.max_prefill_seqs,
         prefill_share=config.prefill_share,
         preemption=config.preemption,

@@ -112,9 +112,10 @@ class Members:
         """Some of them."""
         return Members(self.slots[indices], self.owners[indices])
 
-
-NO_MEMBERS = Members(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-"""Of an idle step."""
+    @staticmethod
+    def nobody() -> Members:
+        """Those of an idle step."""
+        return Members(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class SchedulerOutputs:
     swap_out: tuple[tuple[int, int], ...] = ()
     swap_in: tuple[tuple[int, int], ...] = ()
     reason: str = ""
-    members: Members = field(default=NO_MEMBERS, repr=False, compare=False)
+    members: Members = field(default_factory=Members.nobody, repr=False, compare=False)
 
     @property
     def num_seqs(self) -> int:

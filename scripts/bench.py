@@ -5,12 +5,9 @@ python scripts/bench.py latency --model qwen3-0.6b --batch 1 64 256
 
 from __future__ import annotations
 
-import argparse
+import sys
 
-from mini_infer.bench.arguments import add_arguments
-from mini_infer.bench.command import run
+from mini_infer.cli import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    run(parser.parse_args())
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from kernel_cases import OPS, Case, randn, size
 
-from mini_infer.bench.run import environment
+from mini_infer.bench.report import environment
 from mini_infer.exceptions import ConfigError
 
 CALLS = 20  # in a graph

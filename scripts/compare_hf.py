@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
-from mini_infer.bench.run import environment
+from mini_infer.bench.report import environment
 from mini_infer.demo_model import download_demo_model
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mini_infer import EngineConfig, LLMEngine
 from mini_infer.bench import workloads
-from mini_infer.bench.run import environment
+from mini_infer.bench.report import environment
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mini_infer.request import FinishReason
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import (
@@ -27,6 +29,11 @@ from mini_infer.typing import NO_ROW, NULL_BLOCK
 VOCAB_SIZE = 7
 LOGPROB = -0.5
 NAN = float("nan")
+
+
+def sampled_tokens(token_ids: Sequence[int], logprobs: Sequence[float]) -> SampledTokens:
+    """As a runner returns them."""
+    return SampledTokens(np.array(token_ids, dtype=np.int32), np.array(logprobs, dtype=np.float32))
 
 
 def digest(before: int, token_id: int) -> int:
@@ -138,8 +145,9 @@ class SimulatedDevice:
                 self.rows[edit.target] = self.rows[edit.source].copy()
             elif isinstance(edit, ExtendRow):
                 row = self.rows[edit.row]
-                assert row.active and edit.start == len(row.table), "a table is extended somewhere else than at its end"
-                row.table.extend(edit.block_ids)
+                assert row.active and edit.start <= len(row.table), "a table is extended beyond its end"
+                assert edit.start * self.block_size >= row.seq_len - 1, "blocks with something in them are replaced"
+                row.table[edit.start :] = edit.block_ids
             else:
                 assert isinstance(edit, ClearRow)
                 self.rows[edit.row] = Row()
@@ -185,7 +193,7 @@ class SimulatedDevice:
                 assert row.active and row.token_id == -1, "the sampled token goes to a row that does not wait for it"
                 assert row.seq_len == chunk.stop + 1
                 row.token_id = token_ids[-1]
-        return SampledTokens(token_ids, logprobs)
+        return sampled_tokens(token_ids, logprobs)
 
     def _check_chunk(self, chunk: PrefillChunk) -> None:
         assert len(chunk.token_ids) >= 1, "an empty chunk"
@@ -221,7 +229,7 @@ class SimulatedDevice:
             row.seq_len += 1
             token_ids.append(row.token_id)
             logprobs.append(self._logprob(request_id, row.seq_len - 1))
-        return SampledTokens(token_ids, logprobs)
+        return sampled_tokens(token_ids, logprobs)
 
     def _check_row(self, request_id: str, row: Row) -> None:
         assert row.seq_len <= len(row.table) * self.block_size, "the table is too short for the new token"

@@ -9,9 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_infer.buckets import BucketTable, BucketUse, PaddingCounter, decode_bucket_sizes, prefill_bucket_sizes
+from mini_infer.buckets import (
+    BucketTable,
+    BucketUse,
+    PaddingCounter,
+    decode_bucket_sizes,
+    padding_share,
+    prefill_bucket_sizes,
+)
 from mini_infer.exceptions import ConfigError
+from mini_infer.request import Request
+from mini_infer.sampling import SamplingParams
+from mini_infer.scheduler import Scheduler
 from tests.hypothesis_profiles import PROPERTY
+from tests.simulated_device import sampled_tokens
 
 
 @st.composite
@@ -36,13 +47,15 @@ def test_default_tables_cover_every_size_for_every_maximum(default_sizes) -> Non
 
 
 def test_default_decode_sizes_are_dense() -> None:
-    """No padding to 16 rows, at most a fifth of a batch above that, and not too many graphs."""
+    """No padding to 16 rows, at most a fifth of a batch above that, 16 rows at most; and not too many graphs."""
     assert decode_bucket_sizes(20) == (*range(1, 17), 20)
     sizes = decode_bucket_sizes(256)
-    assert sizes[:16] == tuple(range(1, 17)) and len(sizes) <= 40
+    assert sizes == (*range(1, 17), 20, 24, 28, *range(32, 64, 8), *range(64, 257, 16))
     table = BucketTable(sizes, 256)
     for size in range(1, 257):
         assert (table.bucket(size) - size) / table.bucket(size) <= 0.2
+        assert table.bucket(size) - size < 16
+    assert decode_bucket_sizes(2048)[-4:] == (1856, 1920, 1984, 2048) and len(decode_bucket_sizes(2048)) <= 90
 
 
 def test_default_prefill_sizes_are_dense() -> None:
@@ -175,7 +188,9 @@ def test_padding_counter_adds_up(table: BucketTable, sizes: list[int]) -> None:
     assert sum(use.padded for use in uses.values()) == total - sum(sizes)
     for bucket, use in uses.items():
         assert use.rows + use.padded == use.steps * bucket
-        assert use.padding_ms == pytest.approx(table.costs[bucket] * use.padded / bucket)
+        lost = [table.cost(size) - table.exact_cost(size) for size in sizes if table.bucket(size) == bucket]
+        assert use.padding_ms == pytest.approx(sum(max(0.0, ms) for ms in lost))
+    assert padding_share(uses.values()) == counter.waste
     assert counter.waste == pytest.approx((total - sum(sizes)) / total if total else 0.0)
 
 
@@ -188,3 +203,85 @@ def test_padding_counter_by_hand() -> None:
     assert counter.waste == pytest.approx(5 / 18)
     counter.by_bucket.clear()
     assert counter.by_bucket, "the counts can be changed from outside"
+
+
+def test_padding_loses_what_an_exact_step_would_save() -> None:
+    """5 of 8 rows: against the line between 4 and 8. Where the larger step is the cheaper one, nothing is lost."""
+    table = BucketTable([1, 2, 4], 8, {1: 1.0, 2: 5.0, 4: 2.0, 8: 4.0})
+    assert [table.exact_cost(size) for size in (1, 2, 3, 4, 5, 8)] == [1.0, 5.0, 3.5, 2.0, 2.5, 4.0]
+    counter = PaddingCounter(table)
+    for size, bucket in ((5, 8), (2, 4), (4, 4)):
+        assert table.bucket(size) == bucket
+        counter.count(size, bucket)
+    assert counter.by_bucket == {4: BucketUse(2, 6, 2, 0.0), 8: BucketUse(1, 5, 3, 1.5)}
+
+
+def test_use_since_a_snapshot() -> None:
+    assert BucketUse(5, 11, 9, 2.5) - BucketUse(2, 4, 4, 1.0) == BucketUse(3, 7, 5, 1.5)
+    assert padding_share([]) == 0.0 and padding_share([BucketUse(1, 3, 1), BucketUse(2, 5, 7)]) == 0.5
+
+
+# The policies
+
+
+def test_rounding_up_takes_the_next_bucket_whatever_it_costs() -> None:
+    costs = {1: 1.0, 2: 5.0, 3: 5.0, 4: 2.0}
+    table = BucketTable([1, 2, 3], 4, costs, policy="round_up")
+    assert [table.bucket(size) for size in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert BucketTable([16], 32, {16: 0.1, 32: 9.0}, policy="round_up").fill(17) == 17, "padding is all it knows"
+    assert BucketTable([16], 32, {16: 0.1, 32: 9.0}).fill(17) == 16
+
+
+def test_unknown_policies_are_refused() -> None:
+    with pytest.raises(ConfigError, match="policy must be one of cost, round_up, got 'cheap'"):
+        BucketTable([4], 8, policy="cheap")
+
+
+MEASURED_MS = {1: 0.90, 2: 0.92, 4: 1.05, 5: 1.31, 8: 1.18, 12: 1.29, 16: 1.20, 20: 1.46, 32: 1.40, 48: 1.66, 56: 1.81,
+               64: 1.74, 96: 2.11, 112: 2.26, 128: 2.20, 256: 3.08}  # fmt: skip
+"""Decode milliseconds as a GPU gives them: tiles and split counts make some sizes cheaper than smaller ones."""
+
+
+def simulated_ms(policy: str, lengths: list[int], decode_ms: dict[int, float], sizes: tuple[int, ...]) -> float:
+    """Predicted milliseconds of all decode steps for requests that are there at once; prompts go first."""
+    scheduler = Scheduler(
+        max_num_seqs=sizes[-1],
+        max_model_len=512,
+        block_size=16,
+        decode_buckets=BucketTable(sizes, sizes[-1], decode_ms, policy=policy),
+        prefill_share=1.0,
+        enable_prefix_caching=False,
+    )
+    for index, length in enumerate(lengths):
+        params = SamplingParams(max_tokens=length, ignore_eos=True)
+        scheduler.add(Request(str(index), (3,), params, max_output_tokens=length))
+    while outputs := scheduler.schedule():
+        scheduler.update(outputs, sampled_tokens([9] * outputs.num_seqs, [-1.0] * outputs.num_seqs))
+    uses = scheduler.decode_padding.by_bucket
+    assert sum(use.rows for use in uses.values()) == sum(lengths) - len(lengths), "each but the prompt's own token"
+    return sum(use.steps * scheduler.decode_buckets.costs[bucket] for bucket, use in uses.items())
+
+
+@pytest.mark.parametrize(("largest", "gain", "gain_by_16"), [(256, 0.004, 0.003), (64, 0.015, 0.01)])
+def test_what_cost_gains_on_costs_that_are_not_monotone(largest: int, gain: float, gain_by_16: float) -> None:
+    """Requests that end one after the other, so that every batch size runs once: against the same sizes rounded up,
+    and against 1, 2, 4, 8 and the multiples of 16."""
+    sizes = decode_bucket_sizes(largest)
+    costs = BucketTable(sizes, largest, MEASURED_MS).costs
+    lengths = list(range(2, largest + 2))
+    by_cost = simulated_ms("cost", lengths, costs, sizes)
+    assert simulated_ms("round_up", lengths, costs, sizes) > (1 + gain) * by_cost
+    sixteens = (1, 2, 4, 8, *range(16, largest + 1, 16))
+    assert simulated_ms("round_up", lengths, costs, sixteens) > (1 + gain_by_16) * by_cost
+
+
+@PROPERTY
+@given(
+    st.dictionaries(st.integers(1, 24), st.floats(0.01, 100.0), min_size=1, max_size=12),
+    st.lists(st.integers(1, 30), min_size=1, max_size=24),
+)
+def test_cost_is_never_worse_than_rounding_up(decode_ms: dict[int, float], lengths: list[int]) -> None:
+    """Whatever the costs: the batches are the same under both, and none of them costs more by cost."""
+    sizes = (*sorted(size for size in decode_ms if size < 24), 24)
+    by_cost, rounded = (simulated_ms(policy, lengths, decode_ms, sizes) for policy in ("cost", "round_up"))
+    assert by_cost <= rounded * (1 + 1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mini_infer.config import DEVICES, DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
+from mini_infer.config import BUCKET_POLICIES, DEVICES, DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
 from mini_infer.exceptions import ConfigError
 
 INTEGERS_FROM_ONE = (
@@ -23,8 +23,21 @@ INTEGERS_FROM_ONE = (
 )
 INTEGERS_FROM_ZERO = ("seed", "num_cpu_blocks")
 FRACTIONS = ("gpu_memory_utilization", "prefill_share")
-FLAGS = ("trust_remote_code", "enable_prefix_caching", "capture_graphs", "measure_costs", "progress")
-CHOICES = {"dtype": DTYPES, "device": DEVICES, "load_format": LOAD_FORMATS, "preemption": PREEMPTION_MODES}
+FLAGS = (
+    "trust_remote_code",
+    "enable_prefix_caching",
+    "capture_graphs",
+    "measure_costs",
+    "measure_steps",
+    "progress",
+)
+CHOICES = {
+    "dtype": DTYPES,
+    "device": DEVICES,
+    "load_format": LOAD_FORMATS,
+    "preemption": PREEMPTION_MODES,
+    "bucket_policy": BUCKET_POLICIES,
+}
 TEXTS = ("model", "tokenizer")
 BUCKETS = ("decode_buckets", "prefill_buckets")
 

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
@@ -103,8 +104,8 @@ def assert_idle(engine: LLMEngine) -> None:
         engine._outputs,
         engine._processor._tracked,
         scheduler._requests,
-        scheduler._queue,
-        scheduler._prefilling,
+        scheduler._places.queue,
+        scheduler._places.prefilling,
         scheduler.block_manager._sequences,
     ):
         assert not container
@@ -146,6 +147,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[LLMEngine, list[int]], 
         launched: dict[str, int] = {}
 
         class Scripted:
+            span = None
+
             def __init__(self, outputs: SchedulerOutputs) -> None:
                 self.token_ids = []
                 finals = {chunk.request_id: chunk.is_last for chunk in outputs.chunks}
@@ -155,7 +158,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[LLMEngine, list[int]], 
                     launched[request_id] += finals.get(request_id, True)
 
             def result(self) -> SampledTokens:
-                return SampledTokens(self.token_ids, [-1.0] * len(self.token_ids))
+                count = len(self.token_ids)
+                return SampledTokens(np.array(self.token_ids, dtype=np.int32), np.full(count, -1.0, dtype=np.float32))
 
         monkeypatch.setattr(runner_of(engine), "execute", Scripted)
 

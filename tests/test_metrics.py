@@ -1,4 +1,4 @@
-"""What the engine tells of its start: phases that leave no gap."""
+"""What the engine tells of itself: phases of its start that leave no gap, and what the times of its steps come to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from mini_infer.metrics import PhaseClock, StartupReport
+from mini_infer.metrics import PhaseClock, StartupReport, StepTime, idle_share, median_step_ms
+from mini_infer.step import StepKind
 
 
 @pytest.fixture
@@ -67,3 +68,33 @@ def test_describe_names_every_phase() -> None:
     """One line with the total and each phase, in seconds."""
     line = StartupReport({"config": 0.25, "weights": 1.5}, 1.75).describe()
     assert line == "started in 1.75 s: config 0.25, weights 1.50"
+
+
+def step_of(kind: StepKind, bucket: int, ms: float, gap_ms: float | None, *request_ids: str) -> StepTime:
+    return StepTime(1, kind, bucket, request_ids, ms, gap_ms, 0.0)
+
+
+def test_median_step_by_bucket() -> None:
+    steps = [
+        *(step_of(StepKind.DECODE, 8, ms, 0.0, "a") for ms in (3.0, 1.0, 10.0)),
+        step_of(StepKind.PREFILL, 8, 99.0, 0.0, "a"),
+        *(step_of(StepKind.DECODE, 2, ms, 0.0, "a") for ms in (1.0, 2.0)),
+    ]
+    assert list(median_step_ms(steps, StepKind.DECODE).items()) == [(2, 1.5), (8, 3.0)]
+    assert median_step_ms(steps, StepKind.PREFILL) == {8: 99.0}
+    assert median_step_ms([], StepKind.DECODE) == {}
+
+
+def test_idle_is_of_the_steady_state_only() -> None:
+    """Decode steps with the rows of the step before them; not the one after a prefill step, nor after a change."""
+    decode, prefill = StepKind.DECODE, StepKind.PREFILL
+    steps = [
+        step_of(prefill, 16, 5.0, None, "a"),
+        step_of(decode, 1, 9.0, 50.0, "a"),
+        step_of(decode, 1, 9.0, 1.0, "a"),
+        step_of(decode, 1, 6.0, 0.5, "a"),
+        step_of(decode, 2, 9.0, 50.0, "a", "b"),
+        step_of(decode, 2, 3.0, 0.5, "a", "b"),
+    ]
+    assert idle_share(steps) == pytest.approx(2.0 / 20.0)
+    assert idle_share(steps[:2]) is None and idle_share([]) is None

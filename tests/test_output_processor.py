@@ -5,42 +5,56 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mini_infer.output_processor import OutputProcessor
+from mini_infer.output_table import OutputTable
 from mini_infer.outputs import GenerateOutput
 from mini_infer.request import FinishReason, Request, RequestStatus
 from mini_infer.sampling import SamplingParams
 from mini_infer.tokenizer import Tokenizer
 from tests.hypothesis_profiles import PROPERTY
+from tests.simulated_device import sampled_tokens
 from tests.tiny_tokenizers import tiny_byte_level_tokenizer
 
 TOKENIZER = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=tiny_byte_level_tokenizer(), eos_token="</s>"))
 EOS = 1
 
 
-def request_of(**params: Any) -> Request:
+def request_of(request_id: str = "request-0", **params: Any) -> Request:
+    """A request that was admitted."""
     sampling = SamplingParams(**{"max_tokens": 99, **params})
     stop_token_ids = frozenset({EOS, *sampling.stop_token_ids})
-    return Request("request-0", (5, 6), sampling, stop_token_ids=stop_token_ids)
+    request = Request(request_id, (5, 6), sampling, stop_token_ids=stop_token_ids, max_output_tokens=99)
+    request.enter(OutputTable(1))
+    return request
+
+
+def append(request: Request, token_id: int) -> None:
+    """A token is read back, as the scheduler takes it in."""
+    table = request._table
+    assert table is not None
+    table.take_in(table.members(np.array([request.slot])), sampled_tokens([token_id], [-0.5]))
 
 
 def feed(processor: OutputProcessor, request: Request, tokens: list[int], last: FinishReason | None = None) -> bool:
-    """Tokens come one by one, as the scheduler appends them; ``last`` is set with the last one. True if stopped."""
+    """Tokens come one by one; ``last`` is the reason to end with the last one. True if stopped."""
     for index, token_id in enumerate(tokens):
-        request.output_token_ids.append(token_id)
-        request.cumulative_logprob -= 0.5
+        append(request, token_id)
         if last is not None and index + 1 == len(tokens):
             finish(request, last)
-        if processor.advance(request):
+        processor.begin(request)
+        if request in processor.advance():
             return True
     return False
 
 
 def finish(request: Request, reason: FinishReason, error: str | None = None) -> None:
+    request.leave()
     request.status, request.finish_reason, request.error = RequestStatus.FINISHED, reason, error
 
 
@@ -112,8 +126,8 @@ def test_advance_says_when_to_stop() -> None:
     tokens = TOKENIZER.encode("the end of it")
     stops = []
     for token_id in tokens:
-        request.output_token_ids.append(token_id)
-        stops.append(processor.advance(request))
+        append(request, token_id)
+        stops.append(processor.advance() == [request])
         if stops[-1]:
             break
     assert stops == [False] * (len(stops) - 1) + [True]
@@ -127,7 +141,7 @@ def test_an_error() -> None:
     processor.track(request, streaming=True)
     feed(processor, request, TOKENIZER.encode("ab"))
     finish(request, FinishReason.ERROR, "it broke")
-    assert processor.advance(request) is False  # as for NaN: no token came
+    assert processor.advance() == []  # as for NaN: no token came
     output = processor.end(request)
     assert (output.text, output.finish_reason, output.error) == ("ab", "error", "it broke")
 
@@ -143,7 +157,7 @@ def test_without_a_tokenizer() -> None:
 
 
 def test_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queued at track, first token at the first advance and not later, finished at end."""
+    """Queued at track, first token at the first `begin` and not later, finished at end."""
     now = 10.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     processor, request = OutputProcessor(TOKENIZER), request_of()
@@ -156,6 +170,32 @@ def test_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = processor.end(request).timings
     assert (timings.queued, timings.first_token, timings.finished) == (10.0, 12.0, 20.0)
     assert (timings.ttft, timings.latency) == (2.0, 10.0)
+
+
+def test_a_nan_is_no_first_token() -> None:
+    """The first step of a request came back, but without a token of it."""
+    processor, request = OutputProcessor(TOKENIZER), request_of()
+    processor.track(request, streaming=False)
+    finish(request, FinishReason.ERROR, "NaN")
+    processor.begin(request)
+    assert processor.end(request).timings.first_token is None
+
+
+def test_only_texts_that_somebody_waits_for_are_followed() -> None:
+    """Others are made in one go at the end, however many there are."""
+    processor = OutputProcessor(TOKENIZER)
+    plain, stopping, streamed = request_of("plain"), request_of("stopping", stop="b"), request_of("streamed")
+    for request in (plain, stopping, streamed):
+        processor.track(request, streaming=request is streamed)
+    for token_id in TOKENIZER.encode("abc"):
+        for request in (plain, stopping, streamed):
+            append(request, token_id)
+    assert list(processor._watched) == ["stopping", "streamed"]
+    assert processor.advance() == [stopping] and processor.advance() == []
+    for request in (plain, stopping, streamed):
+        finish(request, FinishReason.LENGTH)
+    assert [processor.end(request).text for request in (plain, stopping, streamed)] == ["abc", "a", "abc"]
+    assert not processor._watched
 
 
 def test_timings_without_a_token() -> None:
@@ -171,13 +211,13 @@ def test_timings_without_a_token() -> None:
 
 
 def test_an_output_is_the_users_own() -> None:
-    """Lists in it are copies: the user may change them, and late tokens do not show up in it."""
+    """Lists in it are copies: the user may change them."""
     processor, request = OutputProcessor(TOKENIZER), request_of()
     processor.track(request, streaming=False)
     feed(processor, request, [50, 51], FinishReason.LENGTH)
     output = processor.end(request)
-    request.output_token_ids.append(52)
-    assert output.token_ids == [50, 51]
+    output.token_ids.append(52)
+    assert request.output_token_ids == [50, 51]
     output.prompt_token_ids.append(3)
     assert request.prompt_token_ids == (5, 6)
     assert output.cumulative_logprob == -1.0
@@ -228,7 +268,7 @@ def test_increments_join_to_the_output(tokens: list[int], stop: list[str], pause
 def test_requests_do_not_mix() -> None:
     """Two streams fed in turns."""
     processor = OutputProcessor(TOKENIZER)
-    requests = [Request(name, (5,), SamplingParams()) for name in ("a", "b")]
+    requests = [request_of("a"), request_of("b")]
     texts = ["first one", "and the 2nd"]
     for request in requests:
         processor.track(request, streaming=True)

@@ -32,7 +32,7 @@ from mini_infer.graphs.spec import SUPPORTED_ARCHITECTURES
 from mini_infer.intake import RequestIntake
 from mini_infer.memory import BlockManager
 from mini_infer.memory.plan import MemoryPlan
-from mini_infer.metrics import EngineStats, StartupReport
+from mini_infer.metrics import EngineStats, StartupReport, StepTime
 from mini_infer.outputs import GenerateOutput, RequestTimings, StreamIncrement
 from mini_infer.request import Request
 from mini_infer.sampling import SamplingParams
@@ -56,6 +56,7 @@ PUBLIC_CLASSES: dict[str, type] = {
         RequestTimings,
         StreamIncrement,
         EngineStats,
+        StepTime,
         StartupReport,
         MemoryPlan,
         Scheduler,

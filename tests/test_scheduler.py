@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mini_infer.buckets import BucketTable
 from mini_infer.exceptions import ConfigError, InvalidRequestError, OutOfMemoryError
+from mini_infer.output_processor import OutputProcessor
 from mini_infer.request import FinishReason, Request, RequestStatus
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Scheduler
 from mini_infer.step import ExtendRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
 from mini_infer.typing import NO_ROW
-from tests.simulated_device import LOGPROB, NAN, Expected, Reference, SimulatedDevice
+from tests.simulated_device import LOGPROB, NAN, Expected, Reference, SimulatedDevice, sampled_tokens
 
 
 class Engine:
@@ -313,6 +318,39 @@ def test_generated_tokens_are_cached_for_the_next_turn() -> None:
     assert b.num_cached_tokens == 12, "the K/V of the last token was never written, the other 12 are 3 blocks"
 
 
+def test_what_was_read_back_of_an_aborted_request_is_cached_and_no_more() -> None:
+    engine = Engine(block_size=1)
+    a = engine.add("a", [5, 6], 20)
+    for _ in range(6):
+        engine.launch()
+    engine.read_back()
+    engine.read_back()
+    assert len(a.output_token_ids) == 2
+    engine.scheduler.finish("a", FinishReason.ABORT)
+    assert engine.scheduler.block_manager.num_cached_blocks == 3, "the K/V of the second token is in flight"
+
+
+def test_an_abort_with_the_prompt_in_flight_caches_nothing() -> None:
+    """The step may still fail, and what it should have written would be found by others."""
+    engine = Engine()
+    engine.add("a", prompt_of(12), 2)
+    outputs = engine.scheduler.schedule()
+    assert outputs.chunks[0].is_last
+    engine.scheduler.finish("a", FinishReason.ABORT)
+    engine.device.lose(outputs)
+    assert engine.scheduler.fail(outputs, "it broke") == []
+    b = engine.add("b", prompt_of(12), 2)
+    engine.finish()
+    assert b.num_cached_tokens == 0
+
+
+def test_what_a_request_that_failed_had_generated_is_not_cached() -> None:
+    engine = Engine(block_size=1)
+    engine.add("a", [5], 20, nan_at=4)
+    engine.finish()
+    assert engine.scheduler.block_manager.num_cached_blocks == 1, "its prompt, which came back without a NaN"
+
+
 def test_caching_can_be_turned_off() -> None:
     engine = Engine(enable_prefix_caching=False)
     for name in ("a", "b"):
@@ -416,6 +454,25 @@ def test_first_come_first_served() -> None:
     assert list(order)[:5] == ["long", "r2", "r3", "r4", "r5"]
 
 
+def test_a_lead_of_prefill_is_forgotten_when_nobody_decodes() -> None:
+    """A prompt that comes after a pause does not wait for decode steps that an earlier one owed."""
+    engine = Engine(
+        prefill_share=0.2,
+        max_num_seqs=8,
+        decode_buckets=BucketTable([], 8, {8: 1.0}),
+        prefill_buckets=BucketTable([], 8, {8: 1000.0}),
+    )
+    engine.add("a", [1], 3)
+    engine.step()
+    engine.add("b", [2], 1)
+    engine.finish()
+    assert not engine.scheduler.schedule()
+    engine.add("c", [3], 9)
+    engine.step()
+    engine.add("d", [4], 2)
+    assert engine.step().kind is StepKind.PREFILL
+
+
 # Decode
 
 
@@ -437,9 +494,8 @@ def test_a_row_gets_a_block_when_it_needs_one() -> None:
     engine.add("a", prompt_of(3), 8)
     engine.step()
     assert engine.step().edits == (), "the first block still has a place"
-    assert engine.step().edits == (ExtendRow(0, 1, (2,)),)
-    assert [engine.step().edits for _ in range(3)] == [()] * 3
-    assert engine.step().edits == (ExtendRow(0, 2, (3,)),)
+    assert engine.step().edits == (ExtendRow(0, 1, (2, 3)),), "and one ahead: as many as its longest output needs"
+    engine.finish()
 
 
 def test_steps_in_flight_do_not_wait_for_tokens() -> None:
@@ -466,9 +522,49 @@ def test_the_surplus_of_an_ended_sequence_is_dropped() -> None:
         engine.launch()
     assert engine.read_back() == [a, b]
     assert a.finish_reason is FinishReason.STOP and a.output_token_ids == expected.tokens[1:2]
-    assert engine.read_back() == [b] and engine.read_back() == [b]
+    assert engine.read_back() == [] and engine.read_back() == [], "b just goes on"
     assert a.output_token_ids == expected.tokens[1:2] and a.cumulative_logprob == LOGPROB
-    assert engine.scheduler.block_manager.num_cached_blocks == 1 + 3, "the surplus was cached as a prefix"
+    assert len(b.output_token_ids) == 3
+    assert engine.scheduler.block_manager.num_cached_blocks == 1 + 1, "the surplus was cached as a prefix"
+    engine.finish()
+    assert engine.scheduler.block_manager.num_cached_blocks == 1 + 10
+
+
+def test_an_id_may_be_used_again_while_steps_of_its_last_bearer_are_in_flight() -> None:
+    """Their tokens, or their failure, are not taken for the new one's."""
+    engine = Engine()
+    engine.add("a", [1], 10)
+    engine.launch()
+    lost = engine.launch()
+    engine.scheduler.finish("a", FinishReason.ABORT)
+    again = engine.add("a", [2], 10)
+    assert engine.launch().kind is StepKind.PREFILL
+    assert again.slot == 0, "the slot is used again, too"
+    assert engine.read_back() == []
+    assert engine.scheduler.fail(lost, "it broke") == []
+    engine.launched.popleft()
+    assert engine.read_back() == [again]
+    engine.finish()
+
+
+def test_a_stop_token_is_its_requests_alone() -> None:
+    engine = Engine()
+    stop = Reference([1], 20).tokens[3]
+    a = engine.add("a", [1], 20)
+    b = engine.add("b", [1, 2], 20, stop_token_ids=frozenset({stop, 6}))
+    engine.finish()
+    assert a.finish_reason is FinishReason.LENGTH and stop in a.output_token_ids[:-1]
+    assert b.finished
+
+
+def test_more_requests_under_way_than_rows() -> None:
+    """Drained and preempted ones keep their outputs while others take their rows."""
+    engine = Engine(max_num_seqs=1, max_model_len=200)
+    requests = [engine.add(f"r{number}", [number], 100 if number == 5 else 2) for number in range(6)]
+    for _ in range(11):
+        assert engine.launch(), "six prefills, five decodes"
+    assert sum(request.status is RequestStatus.DRAINING for request in requests) == 5
+    assert sorted(request.slot for request in requests) == [0, 1, 2, 3, 4, 5]
     engine.finish()
 
 
@@ -494,6 +590,118 @@ def test_a_stop_token_at_the_length_limit_is_a_stop() -> None:
     request = engine.add("a", [1], 2, stop_token_ids=frozenset({stop}))
     engine.finish()
     assert request.finish_reason is FinishReason.STOP and request.output_token_ids[-1] == stop
+
+
+# The host's work in the steady state
+
+
+def lines_run_by(function: Callable[[], object]) -> int:
+    """Lines of Python that a call runs through; one in a loop counts once a turn."""
+    lines = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def steady_step(num_seqs: int) -> Callable[[], None]:
+    """Schedules a step, takes in the tokens of one, and follows them, with rows to which nothing happens."""
+    scheduler, processor = Scheduler(max_num_seqs=256, max_model_len=512, block_size=256), OutputProcessor(None)
+    for number in range(num_seqs):
+        request = Request(f"r{number}", (number,), SamplingParams(max_tokens=400), stop_token_ids=frozenset({2}))
+        scheduler.add(request)
+        processor.track(request, streaming=False)
+    sampled = sampled_tokens([5] * num_seqs, [LOGPROB] * num_seqs)
+    outputs = scheduler.schedule()
+    while (outputs.kind, outputs.num_seqs, outputs.edits) != (StepKind.DECODE, num_seqs, ()):
+        scheduler.update(outputs, sampled.select(np.arange(outputs.num_seqs)))
+        outputs = scheduler.schedule()
+
+    def step() -> None:
+        assert not scheduler.update(outputs, sampled) and not processor.advance()
+        assert scheduler.schedule().num_seqs == num_seqs
+
+    return step
+
+
+def test_a_step_in_which_nothing_changes_costs_the_same_however_many_rows_there_are() -> None:
+    """No Python is run once a row: not to schedule the step, nor to take in its tokens, nor to follow them."""
+    assert lines_run_by(lambda: [number for number in range(256)]) > 256, "this test sees nothing"  # noqa: C416
+    few, many = lines_run_by(steady_step(8)), lines_run_by(steady_step(256))
+    assert few == many < 200
+
+
+# Blocks given ahead
+
+
+def blocks_of(engine: Engine, name: str) -> int:
+    return len(engine.scheduler.metadata(name).block_table)
+
+
+def test_blocks_are_given_ahead_while_there_are_plenty() -> None:
+    engine = Engine(block_size=2, max_model_len=64)
+    engine.add("a", [1, 2], 40)
+    engine.step()
+    engine.step()
+    assert blocks_of(engine, "a") == 1 + 4
+    edits = [bool(engine.step().edits) for _ in range(16)]
+    assert edits.count(True) == 2, "one edit for 8 tokens"
+
+
+def test_rows_that_need_blocks_soon_get_theirs_in_the_same_step() -> None:
+    """Four rows, a token apart: they are edited together, not one in each step."""
+    engine = Engine(block_size=8, max_model_len=256)
+    for number in range(4):
+        engine.add(f"r{number}", prompt_of(5 + number, first=number), 200)
+    engine.step()
+    edits = [engine.step().edits for _ in range(100)]
+    assert [len(step) for step in edits if step] == [4] * 4
+
+
+def test_blocks_ahead_go_before_anybody_loses_its_place() -> None:
+    """16 blocks for two rows: both could be served with 8 each, though one of them had more for a while."""
+    engine = Engine(block_size=1, max_model_len=10, num_gpu_blocks=16, enable_prefix_caching=False)
+    engine.add("a", [1], 8)
+    engine.step()
+    engine.step()
+    engine.step()
+    assert blocks_of(engine, "a") > engine.requests["a"].num_tokens
+    engine.add("b", prompt_of(2, first=2), 7)
+    engine.finish()
+    assert engine.scheduler.num_preemptions == {"swap": 0, "recompute": 0}
+
+
+def test_blocks_ahead_do_not_keep_a_prompt_out() -> None:
+    engine = Engine(block_size=1, max_model_len=16, num_gpu_blocks=16, enable_prefix_caching=False)
+    engine.add("a", [1], 15)
+    engine.step()
+    engine.step()
+    assert (blocks_of(engine, "a"), engine.requests["a"].num_tokens) == (5, 3)
+    engine.add("b", prompt_of(12, first=2), 2)
+    assert engine.step().request_ids == ("b",), "11 blocks were free, 12 and one for the row are needed"
+    assert blocks_of(engine, "a") == 3
+    engine.finish()
+
+
+def test_nobody_gets_blocks_ahead_while_somebody_waits_for_blocks() -> None:
+    engine = Engine(block_size=1, max_model_len=20, num_gpu_blocks=20, enable_prefix_caching=False)
+    engine.add("a", prompt_of(4), 9)
+    engine.step()
+    engine.add("b", prompt_of(16, first=2), 1)
+    while not engine.requests["a"].finished:
+        assert engine.requests["b"].status is RequestStatus.WAITING
+        assert blocks_of(engine, "a") <= engine.requests["a"].num_tokens
+        engine.step()
+    engine.finish()
 
 
 # Ends from outside, and failures
@@ -689,7 +897,7 @@ def test_what_it_finds_of_itself_after_a_preemption_is_no_cached_prompt() -> Non
     b = engine.requests["b"]
     steps = engine.finish()
     again = [chunk for step in steps for chunk in step.chunks if chunk.request_id == "b"][1:]
-    assert again[0].start > 0, "its own blocks were still there"
+    assert again[0].start > b.num_prompt_tokens, "its own blocks were still there, those of its outputs, too"
     assert b.num_cached_tokens == 0
 
 
@@ -752,7 +960,7 @@ def test_logprobs_of_incomplete_chunks_mean_nothing() -> None:
     request = engine.add("a", prompt_of(6), 1)
     outputs = engine.scheduler.schedule()
     assert not outputs.chunks[0].is_last
-    assert engine.scheduler.update(outputs, SampledTokens([-1], [NAN])) == []
+    assert engine.scheduler.update(outputs, sampled_tokens([-1], [NAN])) == []
     assert request.finish_reason is None and request.output_token_ids == []
 
 
@@ -761,7 +969,7 @@ def test_results_of_the_wrong_length_are_noticed() -> None:
     engine.add("a", [1], 2)
     outputs = engine.scheduler.schedule()
     with pytest.raises(ValueError):
-        engine.scheduler.update(outputs, SampledTokens([1, 2], [0.0, 0.0]))
+        engine.scheduler.update(outputs, sampled_tokens([1, 2], [0.0, 0.0]))
 
 
 def test_padding_is_counted() -> None:

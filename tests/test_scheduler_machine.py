@@ -6,7 +6,7 @@ request ends, and with the tokens that it would have got alone.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mini_infer.buckets import BucketTable
+from mini_infer.output_table import NO_SLOT, NOBODY
 from mini_infer.request import FinishReason, Request, RequestStatus
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Scheduler
@@ -209,6 +210,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request, before in seated.items():
             if request.num_preemptions > before:
                 assert request.arrival > max(kept, default=-1), "an earlier arrival lost its place to a later one"
+                self.check_nothing_ahead()
         assert outputs.reason, "a step without a reason"
         self.last_was_idle = not outputs
         if not outputs:
@@ -225,6 +227,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         outputs = self.schedule()
         if outputs:
             self.in_flight.append(InFlight(outputs, self.device.run(outputs)))
+            if outputs.kind is StepKind.DECODE:
+                self.check_tables(outputs)
 
     def read_back(self) -> None:
         step = self.in_flight.popleft()
@@ -235,10 +239,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if step.outputs.kind is StepKind.PREFILL:
             complete = {chunk.request_id for chunk in step.outputs.chunks if chunk.is_last}
             waiting = [request_id for request_id in waiting if request_id in complete]
-        advanced = self.scheduler.update(step.outputs, step.sampled)
-        assert [request.request_id for request in advanced] == waiting, "not everybody got the step's token"
-        for request in advanced:
+        before = {request: len(request.output_token_ids) for request in self.unfinished.values()}
+        changed = self.scheduler.update(step.outputs, step.sampled)
+        assert len(set(changed)) == len(changed)
+        for request, count in before.items():
+            added = len(request.output_token_ids) - count
+            due = request.request_id in waiting
+            assert added == (due and request.error is None), "not exactly those of the step got its token"
+            assert (request in changed) == (request.finished or (due and count == 0)), "not those were told of it"
             if request.finished:
+                assert due
                 self.check_end(request, None)
 
     def fail(self, outputs: SchedulerOutputs) -> None:
@@ -251,6 +261,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # What must hold
 
+    def check_nothing_ahead(self) -> None:
+        """Somebody lost its place: nobody else has a block that it does not need."""
+        for request in self.unfinished.values():
+            if request.status is RequestStatus.RUNNING:
+                metadata = self.scheduler.metadata(request.request_id)
+                assert len(metadata.block_table) <= self.manager.blocks_for(metadata.num_tokens)
+
     def check_bucket(self, outputs: SchedulerOutputs) -> None:
         decode = outputs.kind is StepKind.DECODE
         table = self.options["decode_buckets" if decode else "prefill_buckets"]
@@ -261,6 +278,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert outputs.num_seqs <= self.options["max_num_seqs"]
         if not decode:
             assert outputs.num_seqs <= self.options["max_prefill_seqs"]
+
+    def check_tables(self, outputs: SchedulerOutputs) -> None:
+        """Each row of a decode step read and wrote the blocks that are its request's now."""
+        for request_id, row in zip(outputs.request_ids, self.device.rows, strict=False):
+            num_blocks = self.manager.blocks_for(row.seq_len - 1)
+            assert self.scheduler.metadata(request_id).block_table[:num_blocks] == row.table[:num_blocks]
 
     def check_order(self, outputs: SchedulerOutputs) -> None:
         """Nobody gets a first token in a later step than somebody who arrived after it."""
@@ -305,6 +328,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sorted(row for row in rows if row != NO_ROW) == list(range(self.scheduler.num_running))
         for request in self.unfinished.values():
             assert (request.row != NO_ROW) == (request.status is RequestStatus.RUNNING)
+
+    @invariant()
+    def counters_follow_from_the_steps_in_flight(self) -> None:
+        tokens, chunks = Counter[str](), Counter[str]()
+        for step in self.in_flight:
+            finals = {chunk.request_id: chunk.is_last for chunk in step.outputs.chunks}
+            for request_id in step.outputs.request_ids:
+                (tokens if finals.get(request_id, True) else chunks)[request_id] += 1
+        for request in self.unfinished.values():
+            assert request.num_in_flight == tokens[request.request_id]
+            assert request.num_chunks_in_flight == chunks[request.request_id]
+            assert request.num_known_outputs == len(request.output_token_ids)
+            assert request.num_output_tokens == request.num_known_outputs + request.num_in_flight
+
+    @invariant()
+    def slots_are_accounted_for(self) -> None:
+        outputs = self.scheduler._outputs
+        owners = {request.slot: request.arrival for request in self.unfinished.values() if request.slot != NO_SLOT}
+        assert len(set(owners.values())) == len(owners)
+        assert {slot: owner for slot, owner in enumerate(outputs.owners.tolist()) if owner != NOBODY} == owners
+        assert sorted([*owners, *outputs._free]) == list(range(len(outputs.owners)))
+        assert outputs._stop_tokens == Counter(
+            token_id for r in self.unfinished.values() if r.slot != NO_SLOT for token_id in r.stop_token_ids
+        )
 
     @invariant()
     def blocks_are_accounted_for(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
 from mini_infer import step
@@ -13,6 +14,7 @@ from mini_infer.step import (
     CaptureRecord,
     ClearRow,
     ExtendRow,
+    Members,
     MoveRow,
     PlaceRow,
     PrefillChunk,
@@ -54,6 +56,24 @@ def test_a_chunk_takes_no_row_unless_told() -> None:
     assert chunk("a", 0, 1).row == NO_ROW
 
 
+def test_two_steps_are_the_same_whatever_the_bookkeeping_of_their_members() -> None:
+    """Decisions can be compared and printed; the arrays beside them are the scheduler's own."""
+    members = Members(np.array([0, 1]), np.array([5, 6]))
+    outputs = SchedulerOutputs(1, StepKind.DECODE, 2, ("a", "b"), members=members)
+    assert outputs == SchedulerOutputs(1, StepKind.DECODE, 2, ("a", "b"))
+    assert "members" not in repr(outputs)
+
+
+def test_selecting_members_and_their_tokens() -> None:
+    chosen = np.array([2, 0])
+    members = Members(np.array([4, 5, 6]), np.array([7, 8, 9])).select(chosen)
+    assert (members.slots.tolist(), members.owners.tolist()) == ([6, 4], [9, 7])
+    sampled = SampledTokens(np.array([1, 2, 3], dtype=np.int32), np.array([-1, -2, -3], dtype=np.float32)).select(
+        chosen
+    )
+    assert (sampled.token_ids.tolist(), sampled.logprobs.tolist()) == ([3, 1], [-3.0, -1.0])
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -63,7 +83,8 @@ def test_a_chunk_takes_no_row_unless_told() -> None:
         MoveRow(1, 0),
         ExtendRow(0, 1, (2,)),
         ClearRow(0),
-        SampledTokens([1], [0.0]),
+        Members(np.array([3]), np.array([7])),
+        SampledTokens(np.array([1], dtype=np.int32), np.array([0.0], dtype=np.float32)),
         CaptureRecord(StepKind.DECODE, 8, 0.01, 1 << 20),
     ],
     ids=lambda value: type(value).__name__,
@@ -75,7 +96,8 @@ def test_frozen(value: object) -> None:
 
 
 def test_everything_in_the_module_is_tested_for_being_frozen() -> None:
-    defined = {cls for cls in vars(step).values() if dataclasses.is_dataclass(cls) and cls.__module__ == step.__name__}
+    classes = {value for value in vars(step).values() if isinstance(value, type)}
+    defined = {cls for cls in classes if dataclasses.is_dataclass(cls) and cls.__module__ == step.__name__}
     assert defined == {
         SchedulerOutputs,
         PrefillChunk,
@@ -83,6 +105,7 @@ def test_everything_in_the_module_is_tested_for_being_frozen() -> None:
         MoveRow,
         ExtendRow,
         ClearRow,
+        Members,
         SampledTokens,
         CaptureRecord,
     }

@@ -1,52 +1,16 @@
-"""Running a workload on an engine and saying what came of it."""
+"""Running a workload whose requests are all there at once, and saying what came of it."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from statistics import median, median_low
 
-import torch
-
-import mini_infer
 from mini_infer.bench import workloads
+from mini_infer.bench.report import StepSummary, StepUsage
 from mini_infer.bench.workloads import Work
 from mini_infer.engine import LLMEngine
-from mini_infer.metrics import EngineStats
-
-
-def environment() -> dict[str, str]:
-    """Hardware and versions, for the output of every benchmark."""
-    cuda = torch.cuda.is_available()
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "mini_infer": mini_infer.__version__,
-        "commit": commit or "unknown",
-    }
-
-
-def _version(module: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(module)
-    except PackageNotFoundError:
-        return "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +19,20 @@ class LatencyRow:
 
     Attributes:
         batch: Requests at once.
+        seed: Seed of the prompts.
         decode_ms: Best milliseconds of one decode step, (t(128 tokens) - t(1 token)) / 127.
         median_ms: The median over the repeats.
         ttft_ms: Best milliseconds to generate one token for all of them.
+        gpu_idle: Share of the decode time in which the device ran no step; None if it was not measured.
         off_graph_steps: Steps that were not a replay.
     """
 
     batch: int
+    seed: int
     decode_ms: float
     median_ms: float
     ttft_ms: float
+    gpu_idle: float | None
     off_graph_steps: int
 
 
@@ -75,18 +43,21 @@ def bench_latency(
     rows = []
     for batch in batches:
         long, short = workloads.latency(batch, output_tokens), workloads.latency(batch, 1)
-        _timed(engine, long)  # warm-up
-        off_graph = engine.stats().off_graph_steps
-        long_s = [_timed(engine, long) for _ in range(repeats)]
-        short_s = [_timed(engine, short) for _ in range(repeats)]
+        timed(engine, long)  # warm-up
+        before = engine.stats()
+        long_s = [timed(engine, long) for _ in range(repeats)]
+        short_s = [timed(engine, short) for _ in range(repeats)]
+        summary = StepUsage(before, engine.stats()).summary
         steps = output_tokens - 1
         rows.append(
             LatencyRow(
                 batch=batch,
+                seed=long.seed,
                 decode_ms=(min(long_s) - min(short_s)) / steps * 1e3,
                 median_ms=(median(long_s) - median(short_s)) / steps * 1e3,
                 ttft_ms=min(short_s) * 1e3,
-                off_graph_steps=engine.stats().off_graph_steps - off_graph,
+                gpu_idle=summary.gpu_idle,
+                off_graph_steps=summary.off_graph_steps,
             )
         )
     return rows
@@ -94,69 +65,69 @@ def bench_latency(
 
 @dataclass(frozen=True, slots=True)
 class ThroughputResult:
-    """What an offline run came to.
+    """What an offline workload came to, run once or more: the figures of the run with the median time.
 
     Attributes:
+        seed: Seed of the workload.
         wall_s: Seconds from the first request to the last token.
+        walls_s: The same of every run, in order.
+        spread: (slowest - fastest) / median of ``walls_s``.
         prompt_tokens, output_tokens: Tokens of the workload.
         prompt_tokens_per_s, output_tokens_per_s: The same over ``wall_s``.
-        decode_padding, prefill_padding: Share of padded rows (tokens).
-        off_graph_steps: Steps that were not a replay.
-        decode_steps, prefill_steps: Steps of each kind.
+        steps: What the steps came to.
     """
 
+    seed: int
     wall_s: float
+    walls_s: tuple[float, ...]
+    spread: float
     prompt_tokens: int
     output_tokens: int
     prompt_tokens_per_s: float
     output_tokens_per_s: float
-    decode_padding: float
-    prefill_padding: float
-    off_graph_steps: int
-    decode_steps: int
-    prefill_steps: int
+    steps: StepSummary
 
 
-def bench_throughput(engine: LLMEngine, work: Work, *, warm_up: bool = True) -> ThroughputResult:
-    """Run a workload whose requests are all there at once."""
-    if warm_up:
-        _timed(engine, workloads.latency(2, 4))
-    before = engine.stats()
-    wall = _timed(engine, work)
-    after = engine.stats()
-    return ThroughputResult(
+def bench_throughput(engine: LLMEngine, work: Work, *, repeats: int = 1) -> tuple[ThroughputResult, StepUsage]:
+    """Run a workload whose requests are all there at once.
+
+    Args:
+        engine: Idle; it is warmed up here.
+        work: The workload.
+        repeats: How often to run it.
+
+    Returns:
+        The result, and the steps of the run that it describes.
+    """
+    warm_up(engine)
+    runs = []
+    for _ in range(repeats):
+        before = engine.stats()
+        wall = timed(engine, work)
+        runs.append((wall, StepUsage(before, engine.stats())))
+    walls = [wall for wall, _ in runs]
+    wall = median_low(walls)
+    usage = runs[walls.index(wall)][1]
+    result = ThroughputResult(
+        seed=work.seed,
         wall_s=wall,
+        walls_s=tuple(walls),
+        spread=(max(walls) - min(walls)) / wall,
         prompt_tokens=work.prompt_tokens,
         output_tokens=work.output_tokens,
         prompt_tokens_per_s=work.prompt_tokens / wall,
         output_tokens_per_s=work.output_tokens / wall,
-        decode_padding=after.decode_padding,
-        prefill_padding=after.prefill_padding,
-        off_graph_steps=after.off_graph_steps - before.off_graph_steps,
-        decode_steps=after.decode_steps - before.decode_steps,
-        prefill_steps=after.prefill_steps - before.prefill_steps,
+        steps=usage.summary,
     )
+    return result, usage
 
 
-def bucket_table(stats: EngineStats) -> str:
-    """How each decode bucket was used: steps, real and padded rows, what padding cost."""
-    lines = [f"{'bucket':>7}{'steps':>8}{'rows':>9}{'padded':>9}{'padding ms':>12}{'cost ms':>9}"]
-    for bucket, use in stats.decode_buckets.items():
-        cost = stats.decode_costs[bucket]
-        lines.append(f"{bucket:>7}{use.steps:>8}{use.rows:>9}{use.padded:>9}{use.padding_ms:>12.1f}{cost:>9.3f}")
-    return "\n".join(lines)
+def warm_up(engine: LLMEngine) -> None:
+    """Run a few steps of each kind."""
+    timed(engine, workloads.latency(2, 4))
 
 
-def last_line(name: str, model: str, results: Any) -> str:
-    """The JSON object that every benchmark prints last."""
-    if isinstance(results, list):
-        results = [asdict(row) for row in results]
-    elif not isinstance(results, dict):
-        results = asdict(results)
-    return json.dumps({"benchmark": name, "model": model, **environment(), "results": results})
-
-
-def _timed(engine: LLMEngine, work: Work) -> float:
+def timed(engine: LLMEngine, work: Work) -> float:
     """Seconds to generate a whole workload."""
     begun = time.perf_counter()
     outputs = engine.generate(work.prompts, sampling_params=work.sampling)

@@ -21,11 +21,13 @@ class Work:
     """Prompts, how each is sampled, and when each arrives.
 
     Attributes:
+        seed: What the prompts and arrivals are drawn with.
         prompts: Token ids.
         sampling: One for each prompt.
         arrivals: Seconds after the start, ascending; None if all are there at once.
     """
 
+    seed: int
     prompts: list[list[int]]
     sampling: list[SamplingParams]
     arrivals: list[float] | None = None
@@ -58,7 +60,7 @@ def latency(batch: int, output_tokens: int) -> Work:
     draw = random.Random(batch)
     prompts = [[draw.randint(0, 10000) for _ in range(spec["prompt_tokens"])] for _ in range(batch)]
     params = SamplingParams(temperature=spec["temperature"], max_tokens=output_tokens, ignore_eos=True)
-    return Work(prompts, [params] * batch)
+    return Work(batch, prompts, [params] * batch)
 
 
 def latency_batches() -> list[int]:
@@ -81,7 +83,7 @@ def bench_256() -> Work:
         )
         for _ in prompts
     ]
-    work = Work(prompts, sampling)
+    work = Work(spec["seed"], prompts, sampling)
     assert work.prompt_tokens == spec["expected_prompt_tokens"], work.prompt_tokens
     assert work.output_tokens == spec["expected_output_tokens"], work.output_tokens
     return work
@@ -90,10 +92,11 @@ def bench_256() -> Work:
 def prefill_64x2048() -> Work:
     """64 prompts of 2048 tokens, 16 output tokens each, greedy."""
     spec = _read("prefill-64x2048")
-    draw = random.Random(0)
+    seed = 0
+    draw = random.Random(seed)
     prompts = [[draw.randint(0, 10000) for _ in range(spec["prompt_tokens"])] for _ in range(spec["num_requests"])]
     params = SamplingParams(temperature=spec["temperature"], max_tokens=spec["output_tokens"], ignore_eos=True)
-    return Work(prompts, [params] * len(prompts))
+    return Work(seed, prompts, [params] * len(prompts))
 
 
 def sharegpt_1500(rate: float | None = None) -> Work:
@@ -111,13 +114,13 @@ def sharegpt_1500(rate: float | None = None) -> Work:
         SamplingParams(temperature=spec["temperature"], max_tokens=output, ignore_eos=True) for _, output in lengths
     ]
     if rate is None:
-        return Work(prompts, sampling)
+        return Work(spec["seed"], prompts, sampling)
     gaps = random.Random(spec["seed"])
     arrivals, now = [], 0.0
     for _ in prompts:
         now += gaps.expovariate(rate)
         arrivals.append(now)
-    return Work(prompts, sampling, arrivals)
+    return Work(spec["seed"], prompts, sampling, arrivals)
 
 
 THROUGHPUT: Mapping[str, Callable[[], Work]] = MappingProxyType(

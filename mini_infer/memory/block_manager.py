@@ -192,21 +192,32 @@ class BlockManager:
         sequence.blocks.extend(added)
         return added
 
+    def trim(self, sequence_id: str, num_tokens: int) -> None:
+        """Give back the blocks at the end of a sequence's table that ``num_tokens`` tokens leave unused."""
+        sequence = self._sequences[sequence_id]
+        kept = self.blocks_for(num_tokens)
+        assert kept >= sequence.num_cached, f"{sequence_id} has more tokens than {num_tokens}"
+        self.free(sequence.blocks[kept:])
+        del sequence.blocks[kept:]
+
     def cache_prefix(self, sequence_id: str, tokens: Callable[[int, int], Sequence[int]], num_tokens: int) -> None:
         """Record the full blocks among a sequence's first ``num_tokens`` tokens, whose K/V is computed.
 
         Args:
             sequence_id: The sequence.
-            tokens: ``tokens(start, stop)`` gives its token ids in that range.
+            tokens: ``tokens(start, stop)`` gives its token ids in that range; called at most once.
             num_tokens: Tokens whose values are final and whose K/V is written.
         """
         if not self.enable_prefix_caching:
             return
-        sequence = self._sequences[sequence_id]
-        while (sequence.num_cached + 1) * self.block_size <= num_tokens:
-            start = sequence.num_cached * self.block_size
+        sequence, size = self._sequences[sequence_id], self.block_size
+        start, stop = sequence.num_cached * size, num_tokens // size * size
+        if stop <= start:
+            return
+        token_ids = tokens(start, stop)
+        for offset in range(0, stop - start, size):
             block = sequence.blocks[sequence.num_cached]
-            sequence.entry = self._prefixes.insert(sequence.entry, tokens(start, start + self.block_size), block)
+            sequence.entry = self._prefixes.insert(sequence.entry, token_ids[offset : offset + size], block)
             sequence.num_cached += 1
 
     def release(self, sequence_id: str) -> None:

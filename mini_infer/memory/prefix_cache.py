@@ -61,11 +61,10 @@ class PrefixCache:
         assert len(token_ids) == self._block_size, "only full blocks are cached"
         assert block not in self._key_of_block, "a block holds one prefix"
         key = (parent, tuple(token_ids))
-        cached = self._entries.get(key)
-        if cached is None:
-            cached = CachedBlock(self._next_entry, block)
+        new = CachedBlock(self._next_entry, block)
+        cached = self._entries.setdefault(key, new)
+        if cached is new:
             self._next_entry += 1
-            self._entries[key] = cached
             self._key_of_block[block] = key
         return cached.entry
 

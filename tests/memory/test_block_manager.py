@@ -197,6 +197,33 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert self.manager.table(name) == sequence.table
         self.write(sequence, start)
 
+    @rule(index=INDEX, num_blocks=st.integers(1, 3))
+    def grow_ahead(self, index: int, num_blocks: int) -> None:
+        """Blocks for tokens that are still to come."""
+        name = self.pick(index, swapped=False)
+        if name is None:
+            return
+        sequence = self.sequences[name]
+        before = self.snapshot()
+        added = self.manager.grow(name, (len(sequence.table) + num_blocks) * self.block_size)
+        if num_blocks > self.num_free():
+            assert added is None
+            self.check_unchanged(before)
+            return
+        assert added is not None and len(added) == num_blocks
+        self.take(added)
+        sequence.table.extend(added)
+        self.write(sequence, len(sequence.tokens))
+
+    @rule(index=INDEX)
+    def trim(self, index: int) -> None:
+        """Blocks without a token go back, and no others."""
+        name = self.pick(index, swapped=False)
+        if name is not None:
+            sequence = self.sequences[name]
+            self.manager.trim(name, len(sequence.tokens))
+            del sequence.table[self.num_blocks(len(sequence.tokens)) :]
+
     @rule(index=INDEX, share=st.sampled_from([1.0, 0.5]))
     def cache_prefix(self, index: int, share: float) -> None:
         name = self.pick(index, swapped=False)
@@ -455,6 +482,41 @@ def test_reading_a_table_gives_a_copy() -> None:
     manager.allocate_sequence("a", [1, 2, 3])
     manager.table("a").clear()
     assert len(manager.table("a")) == 2
+
+
+def test_trim_gives_back_what_is_beyond_the_tokens() -> None:
+    manager = BlockManager(2, 8)
+    manager.allocate_sequence("a", [1, 2, 3])
+    assert manager.grow("a", 9) is not None
+    table = manager.table("a")
+    manager.trim("a", 4)
+    assert manager.table("a") == table[:2] and manager.num_free_blocks == 6
+    manager.trim("a", 4)
+    assert manager.table("a") == table[:2], "nothing was left to give back"
+
+
+def test_a_recorded_block_is_never_trimmed() -> None:
+    manager = BlockManager(2, 8)
+    manager.allocate_sequence("a", [1, 2, 3, 4])
+    manager.cache_prefix("a", lambda start, stop: [1, 2, 3, 4][start:stop], 4)
+    with pytest.raises(AssertionError, match="has more tokens than 2"):
+        manager.trim("a", 2)
+
+
+def test_tokens_are_asked_for_once() -> None:
+    """However many blocks they fill; and not at all when no block is full."""
+    manager, asked = BlockManager(2, 8), []
+
+    def tokens(start: int, stop: int) -> range:
+        asked.append((start, stop))
+        return range(start, stop)
+
+    manager.allocate_sequence("a", range(7))
+    manager.cache_prefix("a", tokens, 1)
+    assert asked == []
+    manager.cache_prefix("a", tokens, 7)
+    manager.cache_prefix("a", tokens, 7)
+    assert asked == [(0, 6)] and manager.num_cached_blocks == 3
 
 
 def test_what_was_swapped_in_is_private() -> None:

@@ -1,0 +1,50 @@
+"""Latency and throughput of a tiny engine: the figures fit each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from mini_infer import LLMEngine
+from mini_infer.bench import run
+from mini_infer.bench.run import bench_latency, bench_throughput
+from tests.bench.conftest import small_work
+
+
+def test_latency(engine: LLMEngine) -> None:
+    rows = bench_latency(engine, [1, 3], output_tokens=12, repeats=2)
+    assert [(row.batch, row.seed, row.off_graph_steps) for row in rows] == [(1, 1, 0), (3, 3, 0)]
+    for row in rows:
+        assert row.decode_ms < 1000 and row.ttft_ms > 0
+        assert row.gpu_idle is not None and 0 < row.gpu_idle < 1
+
+
+def test_throughput(engine: LLMEngine) -> None:
+    work = small_work()
+    result, usage = bench_throughput(engine, work)
+    assert result.walls_s == (result.wall_s,) and result.spread == 0.0 and result.seed == 11
+    assert result.output_tokens_per_s == pytest.approx(work.output_tokens / result.wall_s)
+    assert result.prompt_tokens_per_s == pytest.approx(work.prompt_tokens / result.wall_s)
+    assert result.steps is usage.summary
+    assert sum(len(step.request_ids) for step in usage.step_times) == work.output_tokens, "the warm-up counts, too"
+
+
+@pytest.mark.parametrize(
+    ("walls", "wall", "spread"), [([3.0, 1.0, 2.0], 2.0, 1.0), ([1.0, 2.0], 1.0, 1.0), ([4.0, 1.0, 2.0, 3.0], 2.0, 1.5)]
+)
+def test_repeats(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, walls: list[float], wall: float, spread: float
+) -> None:
+    """The figures are those of one run, the one with the median time (of an even number the lower)."""
+    left = iter([0.0, *walls])  # the warm-up's first
+    timed = run.timed
+    sizes = iter([1, *range(2, 2 + len(walls))])
+
+    def pretended(engine: LLMEngine, work: object) -> float:
+        timed(engine, small_work(num_requests=next(sizes)))
+        return next(left)
+
+    monkeypatch.setattr(run, "timed", pretended)
+    result, usage = bench_throughput(engine, small_work(), repeats=len(walls))
+    assert (result.wall_s, result.walls_s, result.spread) == (wall, tuple(walls), pytest.approx(spread))
+    num_requests = 2 + walls.index(wall)
+    assert len({name for step in usage.step_times for name in step.request_ids}) == num_requests
