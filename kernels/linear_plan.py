@@ -19,14 +19,14 @@ MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
 PLANS = Path(__file__).parent / "plans"
 
-Kind = Literal["gemv", "dot", "halves"]
+Kind = Literal["gemv", "dot", "halves", "tma"]
 Role = Literal["norm", "norm_gate", "add"]
 """What is done beside the product: RMSNorm before it, silu(gate) * up after it as well, or adding it to a residual."""
 
 ShapeKey = tuple[int, int, Role]
 """(n, k, role): weight rows, weight columns, what is done beside the product."""
 
-_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves")
+_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "tma")
 _ROLES: tuple[Role, ...] = ("norm", "norm_gate", "add")
 
 
@@ -35,16 +35,17 @@ class Tile:
     """How one product is cut up.
 
     Attributes:
-        kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64.
-            "halves" is cuBLAS, gate and up one after the other, which may fill the GPU's last wave of tiles better; the
-            other fields mean nothing then.
+        kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64;
+            "tma" feeds them from shared memory, for any number, on GPUs from Hopper on. "halves" is cuBLAS, gate and up
+            one after the other, which may fill the GPU's last wave of tiles better; the other fields mean nothing then.
         block_n: Weight rows of a program (gate and up rows together when gated).
         block_k: Weight columns that are loaded at a time.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline over the columns.
-        split_k: Programs that share the columns of a block of rows; "dot" only.
+        split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
         norms: Whether each program norms the rows of x for itself, where they are to be normed; "gemv" with whole rows
             only. Else a kernel of its own does it before.
+        block_m: Rows of x of a program; "tma" only.
     """
 
     kind: Kind
@@ -54,14 +55,16 @@ class Tile:
     num_stages: int = 1
     split_k: int = 1
     norms: bool = False
+    block_m: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
         if self.kind == "halves":
             return
-        least = 1 if self.kind == "gemv" else 16
-        for name, low in (("block_n", least), ("block_k", 16), ("num_warps", 1)):
+        least = {"gemv": 1, "dot": 16, "tma": 64}[self.kind]
+        bounds = [("block_n", least), ("block_k", 16), ("num_warps", 1)]
+        for name, low in [*bounds, ("block_m", 16)] if self.kind == "tma" else bounds:
             value = getattr(self, name)
             if value < low or value & (value - 1):
                 raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
@@ -73,18 +76,20 @@ class Tile:
     def to_ints(self) -> list[int]:
         """The tile as the ops take it."""
         kind = _KINDS.index(self.kind)
-        return [kind, self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k, int(self.norms)]
+        sizes = [self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k]
+        return [kind, *sizes, int(self.norms), self.block_m]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Tile:
         """The inverse of `to_ints`."""
-        kind, block_n, block_k, num_warps, num_stages, split_k, norms = ints
-        return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms))
+        kind, block_n, block_k, num_warps, num_stages, split_k, norms, block_m = ints
+        return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms), block_m)
 
     def __str__(self) -> str:
         if self.kind == "halves":
             return "cuBLAS by halves"
-        text = f"{self.kind} {self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        rows = f"{self.block_m}x" if self.kind == "tma" else ""
+        text = f"{self.kind} {rows}{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         if self.norms:
             text += " norms"
         return text if self.split_k == 1 else f"{text} k/{self.split_k}"

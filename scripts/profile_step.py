@@ -6,12 +6,13 @@ python scripts/profile_step.py --model llama-3.1-8b --batch 1 64 256
 from __future__ import annotations
 
 import argparse
+import random
 from collections import defaultdict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mini_infer import EngineConfig, LLMEngine
+from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.bench import workloads
 from mini_infer.bench.report import environment
 
@@ -21,7 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="context of the rows")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=32)
     arguments = parser.parse_args()
     print(environment())
@@ -40,16 +42,16 @@ def main() -> None:
     )
     with LLMEngine(config) as engine:
         for batch in arguments.batch:
-            profile_batch(engine, batch, arguments.steps)
+            profile_batch(engine, batch, arguments)
 
 
-def profile_batch(engine: LLMEngine, batch: int, steps: int) -> None:
+def profile_batch(engine: LLMEngine, batch: int, arguments: argparse.Namespace) -> None:
     """Print the kernels of one decode step at ``batch`` rows."""
-    work = workloads.latency(batch, steps + 8)
-    request_ids = [
-        engine.add_request(prompt, sampling_params=params)
-        for prompt, params in zip(work.prompts, work.sampling, strict=True)
-    ]
+    steps = arguments.steps
+    params = SamplingParams(temperature=arguments.temperature, max_tokens=4 * (steps + batch), ignore_eos=True)
+    draw = random.Random(batch)
+    prompts = [[draw.randint(0, 10000) for _ in range(arguments.prompt_tokens)] for _ in range(batch)]
+    request_ids = [engine.add_request(prompt, sampling_params=params) for prompt in prompts]
     while engine.stats().num_running < batch:
         engine.step()
     engine.step()

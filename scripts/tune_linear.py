@@ -121,13 +121,55 @@ def dot_tiles(problem: Problem) -> list[Tile]:
     return tiles
 
 
+def tma_tiles(problem: Problem) -> list[Tile]:
+    """Candidates from shared memory: (block_m, block_n, block_k, warps, stages, split_k)."""
+    few = problem.n <= 6144  # too few programs to fill the GPU: columns that are shared
+    if problem.m <= 32:
+        rows = 16 if problem.m <= 16 else 32
+        sizes = [
+            (rows, 128, 128, 4, 4, 1),
+            (rows, 128, 128, 4, 3, 1),
+            (rows, 128, 256, 4, 3, 1),
+            (rows, 128, 64, 4, 8, 1),
+        ]
+        sizes += [(rows, 64, 128, 4, 6, 1), (rows, 64, 256, 4, 4, 1), (rows, 64, 256, 4, 2, 1)]
+        if few:
+            sizes += [
+                (rows, 64, 256, 4, 4, 2),
+                (rows, 64, 128, 4, 4, 2),
+                (rows, 64, 256, 4, 2, 4),
+                (rows, 128, 128, 4, 4, 4),
+            ]
+    elif problem.m <= 64:
+        sizes = [(64, 128, 128, 4, 4, 1), (64, 128, 64, 4, 4, 1), (64, 128, 64, 4, 7, 1), (64, 128, 128, 8, 4, 1)]
+        sizes += [(64, 256, 64, 8, 4, 1), (64, 64, 128, 4, 3, 1), (64, 64, 128, 4, 6, 1), (64, 64, 64, 4, 6, 1)]
+        if few:
+            sizes += [(64, 64, 128, 4, 3, 2), (64, 64, 128, 4, 6, 2), (64, 128, 64, 4, 6, 4), (64, 128, 128, 4, 4, 4)]
+            sizes += [(32, 64, 128, 4, 4, 1), (64, 128, 64, 4, 4, 2)]
+    else:
+        sizes = [(128, 128, 64, 8, 4, 1), (128, 128, 64, 4, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 8, 6, 1)]
+        sizes += [(256, 128, 64, 8, 4, 1), (128, 128, 128, 8, 3, 1)]
+        if problem.m % 128:
+            sizes += [(64, 128, 64, 4, 4, 1), (64, 256, 64, 8, 4, 1)]
+        if few:
+            sizes += [(128, 64, 64, 4, 4, 1), (128, 64, 128, 4, 4, 1), (64, 64, 128, 4, 6, 1), (64, 128, 64, 4, 6, 1)]
+            sizes += [(128, 128, 64, 8, 4, 2), (128, 64, 64, 4, 6, 2), (128, 128, 64, 8, 4, 4), (256, 128, 64, 8, 4, 4)]
+    least = 128 if problem.gated else 64
+    most = 1 << (problem.m - 1).bit_length()
+    return [
+        Tile("tma", n, k, warps, stages, split_k, block_m=m)
+        for m, n, k, warps, stages, split_k in sizes
+        if n >= least and m <= max(16, most)
+    ]
+
+
 def candidates(problem: Problem, quick: bool) -> list[Tile]:
     """What is worth measuring for this product."""
-    if problem.m > MAX_DOT_ROWS:
-        return [Tile("halves")] if problem.gated else []
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
-    dot = dot_tiles(problem)
-    return gemv[:2] + dot[: 4 - len(gemv[:2])] if quick else gemv + dot
+    dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
+    tma = tma_tiles(problem) if problem.m > 2 else []
+    halves = [Tile("halves")] if problem.gated and problem.m > MAX_DOT_ROWS else []
+    return gemv[:2] + dot[:2] + tma[:2] + halves if quick else gemv + dot + tma + halves
 
 
 def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
@@ -136,7 +178,7 @@ def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
     for problem, tile in jobs:
         if tile.kind == "halves":
             continue
-        m_pad = 1 << (problem.m - 1).bit_length() if tile.kind == "gemv" else max(16, problem.m)
+        m_pad = {"gemv": 1 << (problem.m - 1).bit_length(), "dot": max(16, problem.m)}.get(tile.kind, 0)
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
         unique.setdefault((tile, m_pad, problem.role, even), (problem, tile))
     begun = time.perf_counter()

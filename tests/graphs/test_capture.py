@@ -161,7 +161,8 @@ def test_noise_beyond_the_lengths(weights: Weights) -> None:
         runner = make_runner(weights, captured=True)
         kv_of(runner).blocks.normal_(0.0, max(noise, 1e-3))
         prompts = prompts_of(7)
-        results.append([prefill(runner, prompts)] + [decode(runner, 7, 9) for _ in range(4)])
+        steps = [prefill(runner, prompts)] + [decode(runner, 7, 9) for _ in range(4)]
+        results.append([(step.token_ids.tolist(), step.logprobs.tolist()) for step in steps])
     assert results[0] == results[1]
 
 

@@ -66,6 +66,11 @@ for gated in (False, True):
     skinny_linear.launch_skinny_linear(h, w, None, Tile("dot", 16, 64, 2, 3), gated=gated)
 for tile in (Tile("gemv", 2, 64, 4, 3), Tile("dot", 16, 64, 2, 3), Tile("dot", 16, 64, 2, 3, split_k=2)):
     skinny_linear.launch_skinny_linear(h, w, w[:, 0].contiguous(), tile, residual=r)
+h = torch.randn(40, 256).bfloat16()
+for tile in (Tile("tma", 128, 64, 4, 3, block_m=16), Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2)):
+    for gated in (False, True):
+        skinny_linear.launch_skinny_linear(h, w, None, tile, gated=gated)
+    skinny_linear.launch_skinny_linear(h, w, None, tile, residual=torch.randn(40, 64).bfloat16())
 blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfloat16()
 block_copy._launch_gather_blocks(blocks, slots, staged)
 block_copy._launch_scatter_blocks(staged, slots, blocks)
@@ -74,7 +79,7 @@ decode_frame._launch_embed_rows(slots, slots.int(), tables, h, 16)
 decode_frame._launch_advance_rows(slots, slots.int(), slots.int(), slots, f)
 sampling._launch_sample(torch.randn(4, 9000).bfloat16(), f, f.int(), f, f, slots, slots)
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
-assert len(set(compiled)) == 16, set(compiled)
+assert len(set(compiled)) == 17, set(compiled)
 """
 
 

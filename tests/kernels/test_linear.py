@@ -24,6 +24,12 @@ DOT_TILES = [
     Tile("dot", 16, 128, num_warps=4),
     Tile("dot", 16, 64, num_warps=2, split_k=2),
 ]
+TMA_TILES = [
+    Tile("tma", 128, 64, num_warps=4, num_stages=3, block_m=16),
+    Tile("tma", 128, 32, num_warps=8, num_stages=2, block_m=32),
+    Tile("tma", 128, 32, num_warps=4, num_stages=3, block_m=64, split_k=2),
+    Tile("tma", 64, 64, num_warps=4, num_stages=2, block_m=16, split_k=3),
+]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -104,12 +110,14 @@ def odd_cases(tile):
     cases = [(1, 38, 72, True), (3, 70, 100, False), (4, 64, 128, True)]
     if tile.kind == "dot":
         cases[2:] = [(17, 64, 128, True), (33, 38, 40, False)]
+    if tile.kind == "tma":  # rows that begin at multiples of 16 bytes in every type
+        return [(1, 38, 72, True), (19, 300, 104, False), (66, 128, 128, True)]
     return cases
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES, ids=str)
+@pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES + TMA_TILES, ids=str)
 def test_tiles(kernel_device, assert_close, tile, gated, dtype):
     for m, n, k, bias in odd_cases(tile):
         product = make_product(m, n, k, dtype, kernel_device, bias)
@@ -132,7 +140,7 @@ def test_tiles_norm_their_input(kernel_device, assert_close, tile, gated, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES, ids=str)
+@pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES + TMA_TILES, ids=str)
 def test_tiles_add_to_a_residual(kernel_device, assert_close, tile, dtype):
     for m, n, k, bias in odd_cases(tile):
         product = make_product(m, n, k, dtype, kernel_device, bias)
@@ -142,7 +150,7 @@ def test_tiles_add_to_a_residual(kernel_device, assert_close, tile, dtype):
         assert_close(f"{m}x{n}x{k}", residual, expected)
 
 
-@pytest.mark.parametrize("tile", [GEMV_TILES[1], DOT_TILES[0], DOT_TILES[2]], ids=str)
+@pytest.mark.parametrize("tile", [GEMV_TILES[1], DOT_TILES[0], DOT_TILES[2], TMA_TILES[0]], ids=str)
 def test_tiles_take_any_rows(kernel_device, assert_close, tile):
     """Leading dimensions, strided rows, a weight that is a view, no rows at all; nothing is written past the end."""
     _, weight, bias = make_product(1, 200, 96, torch.float32, kernel_device)
@@ -160,10 +168,10 @@ def test_tiles_take_any_rows(kernel_device, assert_close, tile):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", GEMV_TILES[:2] + DOT_TILES, ids=str)
+@pytest.mark.parametrize("tile", GEMV_TILES[:2] + DOT_TILES + TMA_TILES, ids=str)
 def test_rows_do_not_see_each_other(kernel_device, tile, gated):
     """A row's result has the same bits again, in another place, and beside other rows."""
-    x, weight, bias = make_product(4, 70, 100, torch.bfloat16, kernel_device)
+    x, weight, bias = make_product(4, 70, 104, torch.bfloat16, kernel_device)
     out = launch_skinny_linear(x, weight, bias, tile, gated=gated)
     assert torch.equal(out, launch_skinny_linear(x, weight, bias, tile, gated=gated))
     assert torch.equal(out.flip(0), launch_skinny_linear(x.flip(0), weight, bias, tile, gated=gated))
@@ -188,6 +196,10 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, Tile("halves"))
     with pytest.raises(ValueError, match="residual must be contiguous"):
         launch_skinny_linear(x, weight, None, DOT_TILES[0], residual=torch.zeros(5, 64)[:, ::2])
+    with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
+        launch_skinny_linear(x[:, 1:], weight[:, 1:], None, TMA_TILES[0])
+    with pytest.raises(ValueError, match="block_m of a tma tile"):
+        Tile("tma", 64, 64, 4)
     with pytest.raises(ValueError, match="block_n of a dot tile"):
         Tile("dot", 8, 64, 4)
     with pytest.raises(ValueError, match="power of two"):
@@ -352,7 +364,7 @@ def test_shipped_plans_can_be_read():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 16, 31, 64])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 16, 31, 64, 100, 192, 250])
 def test_plan_on_the_gpu(assert_close, m, dtype):
     """The choices for real shapes and for others, by the rule and by the shipped plan of this GPU."""
     torch.manual_seed(0)
@@ -374,7 +386,16 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", [Tile("gemv", 2, 1024, 4, norms=True), Tile("dot", 32, 128, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile("gemv", 2, 1024, 4, norms=True),
+        Tile("dot", 32, 128, 2, 4),
+        Tile("tma", 128, 128, 4, 3, block_m=16),
+        Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2),
+    ],
+    ids=str,
+)
 def test_captured_in_a_cuda_graph(tile, gated):
     """Captured on some rows, replayed on others at the same address: what eager gives, to the bit."""
     torch.manual_seed(0)
@@ -395,14 +416,22 @@ def test_captured_in_a_cuda_graph(tile, gated):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 4, 16, 64])
-def test_a_chain_of_dependent_launches(m):
+@pytest.mark.parametrize(
+    ("m", "tiles"),
+    [
+        (1, [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]),
+        (4, [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]),
+        (16, [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]),
+        (64, [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]),
+        (16, [Tile("tma", 64, 128, 4, 4, block_m=16), Tile("tma", 64, 128, 4, 3, block_m=16, split_k=4)]),
+        (200, [Tile("tma", 64, 128, 4, 3, block_m=128), Tile("tma", 128, 64, 8, 3, block_m=256)]),
+    ],
+    ids=str,
+)
+def test_a_chain_of_dependent_launches(m, tiles):
     """Kernels that start before their predecessor is done read what it wrote: a long chain, the same bits each time."""
     torch.manual_seed(0)
     n = 1024
-    tiles = [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]
-    if m <= 4:
-        tiles = [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]
     weights = (torch.randn(24, 2, n, n, device="cuda") / n**0.5).bfloat16()
     norm = make_norm(n, torch.bfloat16, "cuda")
     start = torch.randn(m, n, device="cuda").bfloat16()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mini_infer.kernels
+import mini_infer.kernels.qkv_prologue
 from mini_infer.kernels import (
     add_rmsnorm,
     apply_rotary_emb,

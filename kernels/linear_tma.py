@@ -1,0 +1,162 @@
+"""The matrix product in tiles that the tensor memory accelerator fetches, for 5 to 256 rows on Hopper GPUs.
+
+    product              = x @ weight.T + bias
+    gated                = silu(g) * u,  [g, u] = x @ weight.T + bias
+    with a residual      : r += x @ weight.T + bias
+
+x: [m, k], weight: [n, k], bias: [n] or None, r: [m, n]; float16 or bfloat16 (float32 works, without tensor cores),
+starts and rows aligned to 16 bytes -> [m, n], or [m, n / 2] with the gate. Sums are float32, in an order that the tile
+fixes.
+
+A program computes weight_tile @ x_tile.T, so that the weight's rows fill the 64 rows that a tensor core instruction
+wants at least, and x's may be as few as 16. Both operands go from memory to shared memory to the tensor cores without
+passing through registers; tiles that reach past the end are filled with zeros by the hardware. Programs that share
+weight rows run side by side, so that the weight is read from memory once. Before the kernel ahead is done, a program
+brings its first weights into the L2 cache (`dependent_launch`). With `split_k` > 1 several programs share the columns,
+and `reduce_splits` adds their sums.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mini_infer.kernels import dependent_launch
+from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
+from mini_infer.kernels.dependent_launch import prefetch, release, wait
+from mini_infer.kernels.linear_plan import Tile
+from mini_infer.kernels.linear_reduce import reduce_splits
+
+_ALIGNMENT = 16  # bytes
+_LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
+_PREFETCHED = 1024  # columns of a program's first weights that are fetched before it may begin
+
+
+@triton.jit(do_not_specialize=["m"])
+def _tma_kernel(
+    x_tiles,  # [m, k] in tiles [BLOCK_M, BLOCK_K]
+    weight_tiles,  # [n, k] in tiles [BLOCK_N, BLOCK_K], with the gate [BLOCK_N / 2, BLOCK_K]
+    weight_ptr,  # [n, k]
+    bias_ptr,  # [n]
+    out_ptr,  # [m, n] or [m, n / 2]; with SPLIT_K > 1 the sums [SPLIT_K, m, n] float32; contiguous
+    m,
+    n,
+    k,
+    weight_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,  # to what out holds
+    UPCAST: tl.constexpr,
+    PREFETCHED: tl.constexpr,  # columns, a power of two
+    DEPENDENT: tl.constexpr,
+):
+    release(DEPENDENT)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    width = n // 2 if GATED else n
+    first_row = tl.program_id(0) * BLOCK_M
+    first_col = tl.program_id(1) * WIDTH
+    cols = first_col + tl.arange(0, WIDTH)
+    if SPLIT_K == 1:
+        first = 0
+        last = k
+    else:
+        span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(2) * span
+        last = tl.minimum(first + span, k)
+    if DEPENDENT:
+        lines = tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :]
+        fetched = weight_ptr + tl.minimum(cols, width - 1).to(tl.int64)[:, None] * weight_stride + lines
+        prefetch(fetched)
+        if GATED:
+            prefetch(fetched + width.to(tl.int64) * weight_stride)
+    wait(DEPENDENT)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    out_rows = rows.to(tl.int64)
+    if SPLIT_K > 1:
+        out_rows += tl.program_id(2).to(tl.int64) * m
+    target = out_ptr + out_rows[:, None] * width + cols[None, :]  # [BLOCK_M, WIDTH]
+    mask = (rows < m)[:, None] & (cols < width)[None, :]
+    if ADD:  # fetched while the product is computed
+        before = tl.load(target, mask=mask, other=0.0)
+    acc = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+    up_acc = acc
+    for start in range(first, last, BLOCK_K):
+        x = x_tiles.load([first_row, start])
+        w = weight_tiles.load([first_col, start])
+        if UPCAST:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        if GATED:
+            up = weight_tiles.load([width + first_col, start])
+            if UPCAST:
+                up = up.to(tl.float32)
+            up_acc = tl.dot(up, tl.trans(x), up_acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if HAS_BIAS:
+            up_acc += tl.load(bias_ptr + width + cols, mask=cols < width, other=0.0).to(tl.float32)[:, None]
+        acc = acc / (1.0 + tl.exp(-acc)) * up_acc
+    out = tl.trans(acc)  # [BLOCK_M, WIDTH]
+    if ADD:
+        out += before.to(tl.float32)
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def can_use_tma(matrix: Tensor) -> bool:
+    """Whether the rows of a matrix [rows, cols] lie as the tensor memory accelerator wants them."""
+    aligned = matrix.data_ptr() % _ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % _ALIGNMENT == 0
+    return matrix.stride(1) == 1 and aligned
+
+
+def launch_tma(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, gated: bool, out: Tensor, add: bool
+) -> None:
+    """out = the product, or out += the product with ``add``. Shapes as in the module's description.
+
+    Raises:
+        ValueError: an operand that is not aligned.
+    """
+    for name, matrix in (("x", rows), ("weight", weight)):
+        if not can_use_tma(matrix):
+            raise ValueError(
+                f"{tile} needs {name} with contiguous rows that start at multiples of {_ALIGNMENT} bytes, got strides "
+                f"{matrix.stride()} and address {matrix.data_ptr():#x}"
+            )
+    m, (n, k), split_k = rows.shape[0], weight.shape, tile.split_k
+    whole = split_k == 1
+    width = tile.block_n // 2 if gated and whole else tile.block_n
+    target = out if whole else torch.empty((split_k, m, n), dtype=torch.float32, device=rows.device)
+    _tma_kernel[(cdiv(m, tile.block_m), cdiv(n, tile.block_n), split_k)](
+        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tile.block_m, tile.block_k]),
+        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [width, tile.block_k]),
+        weight,
+        weight if bias is None else bias,
+        target,
+        m,
+        n,
+        k,
+        weight.stride(0),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=split_k,
+        GATED=gated and whole,
+        HAS_BIAS=bias is not None and whole,
+        ADD=add and whole,
+        UPCAST=INTERPRET,
+        PREFETCHED=min(_PREFETCHED, max(_LINE.value, next_power_of_2(cdiv(k, split_k)))),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dependent_launch.options(),
+    )
+    if not whole:
+        reduce_splits(target, bias, out, gated=gated, add=add)
