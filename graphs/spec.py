@@ -121,6 +121,11 @@ class ModelSpec:
         """Width of all key heads (and of all value heads)."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def longest_window(self) -> int:
+        """The most tokens that a token attends to in any layer, itself included; 0 if a layer attends to all."""
+        return max(self.sliding_windows) if all(self.sliding_windows) else 0
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V of one token over all layers."""
         return 2 * self.num_layers * self.kv_size * itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -22,6 +23,10 @@ EAGER_MEASURE_SECONDS = 0.5
 CAPTURED_MEASURE_SECONDS = 4.0
 """Time to spend on measuring the buckets of one kind of step; sizes not reached are interpolated. Captured steps are
 measured once for each machine, and buckets are dropped by what is found; eager ones are measured at every start."""
+CONTEXT_ROWS, CONTEXT_TOKENS = 64, 64 * 1024
+"""What the cost of context is measured on: most rows, and tokens of all of them. They hold several GB of K/V, of which
+no cache of a GPU keeps a part worth mention, and take some milliseconds to read."""
+CPU_CONTEXT_ROWS, CPU_CONTEXT_TOKENS = 8, 8 * 256
 TRIAL_GRAPHS = 6
 """Graphs of each kind in the trial capture: a driver hands out memory in pieces that hold several small graphs."""
 GRAPH_MARGIN = 64 << 20
@@ -86,7 +91,7 @@ class RunnerBuilder:
         trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        trial.measure_prefill(shape.prefill_sizes[-1:], limit_s=0)
+        trial.measure_prefill(shape.prefill_sizes[-1:], max_chunks=shape.config.max_prefill_seqs, limit_s=0)
         trial.measure_decode(shape.decode_sizes[-1:], limit_s=0)
         workspace = torch.cuda.max_memory_allocated(device) - before
         graphs = self._estimate_graphs(trial) if shape.captures else 0
@@ -134,6 +139,7 @@ class RunnerBuilder:
             decode_ms={size: ms for size, ms in decode_ms.items() if size in decode_sizes},
             prefill_ms={size: ms for size, ms in prefill_ms.items() if size in prefill_sizes},
             swap_ms_per_block=runner.measure_swap(),
+            context_ms_per_token=self._measure_context(runner, decode_sizes),
         )
 
     def _time_buckets(self, runner: ModelRunner, captured: bool) -> tuple[dict[int, float], dict[int, float]]:
@@ -141,7 +147,10 @@ class RunnerBuilder:
         measured = []
         for sizes, measure in (
             (self._shape.decode_sizes, runner.measure_decode),
-            (self._shape.prefill_sizes, runner.measure_prefill),
+            (
+                self._shape.prefill_sizes,
+                partial(runner.measure_prefill, max_chunks=self._shape.config.max_prefill_seqs),
+            ),
         ):
             first = spread(sizes)
             if captured:
@@ -150,6 +159,14 @@ class RunnerBuilder:
             else:
                 measured.append(measure(first, limit_s=EAGER_MEASURE_SECONDS))
         return measured[0], measured[1]
+
+    def _measure_context(self, runner: ModelRunner, decode_sizes: Sequence[int]) -> float:
+        """Milliseconds that a token of context adds to a decode step, by the largest bucket that is not too large."""
+        rows, tokens = CONTEXT_ROWS, CONTEXT_TOKENS
+        if self._shape.device.type == "cpu":
+            rows, tokens = CPU_CONTEXT_ROWS, CPU_CONTEXT_TOKENS
+        bucket = max((size for size in decode_sizes if size <= rows), default=decode_sizes[0])
+        return runner.measure_context(bucket, max_rows=min(bucket, rows), num_tokens=tokens)
 
 
 def extrapolate_bytes(trial: Sequence[CaptureRecord], total: int, num_graphs: Mapping[StepKind, int]) -> int:

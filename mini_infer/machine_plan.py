@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,10 @@ class MachinePlan:
         graph_bytes: What all captured graphs take, kernels that are loaded for them included.
         decode_sizes: Decode buckets.
         prefill_sizes: Prefill buckets.
-        decode_ms: Milliseconds of a decode step by measured bucket.
+        decode_ms: Milliseconds of a decode step by measured bucket, over rows without context.
         prefill_ms: Milliseconds of a prefill step by measured bucket.
         swap_ms_per_block: Milliseconds to move one block one way; None without swap space.
+        context_ms_per_token: Milliseconds that each token of the rows' contexts adds to a decode step.
     """
 
     workspace_bytes: int
@@ -40,6 +42,7 @@ class MachinePlan:
     decode_ms: dict[int, float]
     prefill_ms: dict[int, float]
     swap_ms_per_block: float | None
+    context_ms_per_token: float
 
 
 class PlanStore:
@@ -72,6 +75,7 @@ class PlanStore:
                 decode_ms=_costs(plan["decode_ms"]),
                 prefill_ms=_costs(plan["prefill_ms"]),
                 swap_ms_per_block=plan["swap_ms_per_block"],
+                context_ms_per_token=_added_cost(plan["context_ms_per_token"]),
             )
         except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
             return None  # a plan that cannot be read is measured again
@@ -113,6 +117,13 @@ def _sizes(values: Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise ValueError("sizes must be positive")
     return sizes
+
+
+def _added_cost(value: float) -> float:
+    ms = float(value)
+    if not 0 <= ms < math.inf:
+        raise ValueError("an added cost must be finite, and not negative")
+    return ms
 
 
 def _costs(values: Mapping[str, float]) -> dict[int, float]:

@@ -18,9 +18,14 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import EagerSteps, Model, Steps
 from mini_infer.graphs.swap_pool import make_swap_pool
-from mini_infer.step import SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.measuring import long_rows, whole_prompts
+from mini_infer.step import ClearRow, SampledTokens, SchedulerOutputs, StepKind
 from mini_infer.step_timer import StepSpan
 
+MEASURED_PROMPT_TOKENS = 1024
+"""Most tokens of the prompts that a measured prefill step is made of: about what several prompts of a step have."""
+LEAST_CONTEXT_TOKENS = 64
+"""What fewer tokens of context add to a step is within what its time varies by."""
 SWAP_MEASURE_BLOCKS = 64
 """Blocks to move when swapping is measured: about as many as a sequence has."""
 TIMING_MS = 30.0
@@ -93,6 +98,7 @@ class ModelRunner:
         self._swap_pool = make_swap_pool(self._kv, num_cpu_blocks)
         self._state = DecodeState(max_num_seqs, max_blocks, device)
         self._block_size, self._max_blocks = block_size, max_blocks
+        self._max_model_len = max_model_len
         self._model = Model(spec, params, self._kv, self._state)
         self._steps: Steps = EagerSteps(self._model, block_size=block_size, max_blocks=max_blocks, device=device)
         self._captured = False
@@ -154,15 +160,73 @@ class ModelRunner:
             span.end()
         return StepHandle(sampled, outputs.num_seqs, span)
 
-    # Measuring, before the first request: padded rows only, which touch nothing but the null block
+    # Measuring, before the first request: every row is padding before and after. What is left in the blocks is no
+    # more than what one who had them before leaves there: nobody reads it.
 
+    @torch.inference_mode()
     def measure_decode(self, buckets: Iterable[int], *, limit_s: float) -> dict[int, float]:
-        """Milliseconds of a decode step by bucket, smallest first, until ``limit_s`` seconds are spent."""
-        return self._measure(buckets, self._steps.decode, limit_s)
+        """Milliseconds of a decode step over rows without context.
 
-    def measure_prefill(self, buckets: Iterable[int], *, limit_s: float) -> dict[int, float]:
-        """Milliseconds of a prefill step by bucket, smallest first, until ``limit_s`` seconds are spent."""
-        return self._measure(buckets, lambda bucket: self._steps.prefill((), bucket), limit_s)
+        Args:
+            buckets: What to measure, in this order.
+            limit_s: No more are begun after so many seconds.
+        """
+        return self._measure(buckets, lambda bucket: partial(self._steps.decode, bucket), limit_s)
+
+    @torch.inference_mode()
+    def measure_prefill(self, buckets: Iterable[int], *, max_chunks: int, limit_s: float) -> dict[int, float]:
+        """Milliseconds of a prefill step over whole prompts, with padding where blocks or chunks do not suffice.
+
+        Args:
+            buckets: What to measure, in this order.
+            max_chunks: Most chunks of one step.
+            limit_s: No more are begun after so many seconds.
+        """
+
+        def step(bucket: int) -> Callable[[], object]:
+            chunks = whole_prompts(
+                bucket,
+                longest=min(self._max_model_len - 1, MEASURED_PROMPT_TOKENS),
+                num_blocks=self._kv.num_blocks,
+                block_size=self._block_size,
+                max_chunks=min(max_chunks, bucket),
+            )
+            return partial(self._steps.prefill, chunks, bucket)
+
+        return self._measure(buckets, step, limit_s)
+
+    @torch.inference_mode()
+    def measure_context(self, bucket: int, *, max_rows: int, num_tokens: int) -> float:
+        """Milliseconds that each token of the rows' contexts adds to a decode step, which reads its K/V.
+
+        With a window in every layer, those that no layer attends to are not counted.
+
+        Args:
+            bucket: The step to run.
+            max_rows: Most rows to give a context, up to ``bucket``; the others stay padding.
+            num_tokens: Tokens of all contexts together; there are fewer where blocks do not suffice.
+
+        Returns:
+            0 if there is no room for contexts worth measuring, or if they made no difference.
+        """
+        rows = long_rows(
+            max_rows,
+            num_tokens,
+            ahead=MOST_TIMED_RUNS,  # each run makes the rows one token longer
+            max_blocks=self._max_blocks,
+            num_blocks=self._kv.num_blocks,
+            block_size=self._block_size,
+        )
+        window = self._model.spec.longest_window
+        context = sum(min(row.seq_len, window) if window else row.seq_len for row in rows)
+        if context < LEAST_CONTEXT_TOKENS:
+            return 0.0
+        step = partial(self._steps.decode, bucket)
+        without = self._time(step)
+        self._state.apply(rows)
+        with_context = self._time(step)
+        self._state.apply([ClearRow(row.row) for row in rows])
+        return max(0.0, with_context - without) / context
 
     @torch.inference_mode()
     def measure_swap(self) -> float | None:
@@ -178,14 +242,15 @@ class ModelRunner:
 
         return self._time(there_and_back) / (2 * num_blocks)
 
-    @torch.inference_mode()
-    def _measure(self, buckets: Iterable[int], run: Callable[[int], object], limit_s: float) -> dict[int, float]:
+    def _measure(
+        self, buckets: Iterable[int], step: Callable[[int], Callable[[], object]], limit_s: float
+    ) -> dict[int, float]:
         costs: dict[int, float] = {}
         begun = time.perf_counter()
         for bucket in buckets:
             if costs and time.perf_counter() - begun > limit_s:
                 break
-            costs[bucket] = self._time(partial(run, bucket))
+            costs[bucket] = self._time(step(bucket))
         return costs
 
     def _time(self, run: Callable[[], object]) -> float:

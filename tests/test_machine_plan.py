@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mini_infer.exceptions import ConfigError
 from mini_infer.machine_plan import MachinePlan, PlanStore, worthwhile
 
 KEY = {"spec": "llama", "torch": "2.11", "max_num_seqs": "8"}
-PLAN = MachinePlan(1000, 2000, (1, 4, 8), (16, 512), {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125)
+PLAN = MachinePlan(1000, 2000, (1, 4, 8), (16, 512), {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125, 2e-5)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_any_other_key_has_none(tmp_path: Path, name: str) -> None:
 def test_without_swap_space(tmp_path: Path) -> None:
     """No swap cost stays no swap cost."""
     store = PlanStore(tmp_path)
-    plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None)
+    plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None, 0.0)
     store.save(KEY, plan)
     assert store.load(KEY) == plan
 
@@ -59,6 +60,27 @@ def test_costs_that_cannot_be(tmp_path: Path, costs: dict[str, float]) -> None:
     store.save(KEY, PLAN)
     value = json.loads(store.path(KEY).read_text())
     value["plan"]["decode_ms"] = costs
+    store.path(KEY).write_text(json.dumps(value))
+    assert store.load(KEY) is None
+
+
+@pytest.mark.parametrize("added", [-1e-9, math.nan, math.inf, "a", None])
+def test_added_costs_that_cannot_be(tmp_path: Path, added: object) -> None:
+    """As for costs, but nothing is a cost that context can have."""
+    store = PlanStore(tmp_path)
+    store.save(KEY, PLAN)
+    value = json.loads(store.path(KEY).read_text())
+    value["plan"]["context_ms_per_token"] = added
+    store.path(KEY).write_text(json.dumps(value))
+    assert store.load(KEY) is None
+
+
+def test_a_plan_from_before_context_was_measured(tmp_path: Path) -> None:
+    """It counts as none, and its other figures are measured again with it."""
+    store = PlanStore(tmp_path)
+    store.save(KEY, PLAN)
+    value = json.loads(store.path(KEY).read_text())
+    del value["plan"]["context_ms_per_token"]
     store.path(KEY).write_text(json.dumps(value))
     assert store.load(KEY) is None
 

@@ -291,7 +291,7 @@ def test_coverage_is_by_the_cheapest_bucket(folder: Path) -> None:
 def test_the_ledger_has_what_steps_cost() -> None:
     """As measured after the capture, by kind and bucket; None where nothing was measured."""
     ledger = [CaptureRecord(kind, bucket, 0.1, 5) for kind in (StepKind.DECODE, StepKind.PREFILL) for bucket in (1, 2)]
-    plan = MachinePlan(0, 0, (1, 2), (1, 2), {1: 0.5, 2: 0.75}, {2: 3.0}, None)
+    plan = MachinePlan(0, 0, (1, 2), (1, 2), {1: 0.5, 2: 0.75}, {2: 3.0}, None, 0.0)
     assert [record.step_ms for record in with_costs(ledger, plan)] == [0.5, 0.75, None, 3.0]
     assert with_costs(ledger, None) == ledger
 
@@ -308,7 +308,7 @@ def test_default_buckets_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(
         "mini_infer.runner.ModelRunner.measure_prefill",
-        lambda self, buckets, limit_s: {size: float(size) for size in buckets},
+        lambda self, buckets, max_chunks, limit_s: {size: float(size) for size in buckets},
     )
     for listed, expected in ((None, (*range(1, 17), 24, 40)), ([1, 2, 3, 4], (1, 2, 3, 4, 40))):
         parts = assemble(

@@ -80,6 +80,7 @@ def test_sliding_windows(case: Case) -> None:
     """Mistral's window is on every layer, Qwen2's only from max_window_layers on, and only if it is used."""
     expected = {"qwen2-window": (0, 9, 9), "mistral-window": (13, 13, 13)}
     assert case.spec.sliding_windows == expected.get(case.name, (0,) * case.spec.num_layers)
+    assert case.spec.longest_window == (13 if case.name == "mistral-window" else 0)
 
 
 # Configs as they are published. The numbers of parameters are the published ones.
