@@ -147,12 +147,15 @@ class BucketUse:
         rows: Real rows (decode) or tokens (prefill) of those steps.
         padded: Padded rows or tokens of those steps.
         padding_ms: Milliseconds that those steps cost more than steps of exactly their size would, by the cost table.
+        predicted_ms: Milliseconds that those steps were predicted to take, all together, what decode steps read of
+            their rows' contexts included.
     """
 
     steps: int = 0
     rows: int = 0
     padded: int = 0
     padding_ms: float = 0.0
+    predicted_ms: float = 0.0
 
     def __sub__(self, earlier: BucketUse) -> BucketUse:
         """The use since an earlier snapshot."""
@@ -161,6 +164,7 @@ class BucketUse:
             self.rows - earlier.rows,
             self.padded - earlier.padded,
             self.padding_ms - earlier.padding_ms,
+            self.predicted_ms - earlier.predicted_ms,
         )
 
 
@@ -173,18 +177,24 @@ def padding_share(uses: Iterable[BucketUse]) -> float:
 
 
 class PaddingCounter:
-    """Counts how full each bucket's steps were."""
+    """Counts how full each bucket's steps were, and what they were predicted to take."""
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
         self._use: dict[int, BucketUse] = {}
 
-    def count(self, size: int, bucket: int) -> None:
-        """Record one step of ``size`` real rows in ``bucket``."""
+    def count(self, size: int, bucket: int, predicted_ms: float) -> None:
+        """Record one step of ``size`` real rows in ``bucket``, and what it was predicted to take."""
         use = self._use.get(bucket, BucketUse())
         # Where a larger bucket is the cheaper one, padding up to it loses nothing.
         lost = max(0.0, self._table.costs[bucket] - self._table.exact_cost(size))
-        self._use[bucket] = BucketUse(use.steps + 1, use.rows + size, use.padded + bucket - size, use.padding_ms + lost)
+        self._use[bucket] = BucketUse(
+            use.steps + 1,
+            use.rows + size,
+            use.padded + bucket - size,
+            use.padding_ms + lost,
+            use.predicted_ms + predicted_ms,
+        )
 
     @property
     def by_bucket(self) -> dict[int, BucketUse]:

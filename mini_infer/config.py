@@ -38,11 +38,13 @@ class EngineConfig:
         preemption: What happens to a sequence that loses its blocks: "swap" (falls back to recompute when the CPU
             blocks are used up), "recompute", or "auto": whichever was measured to cost less.
         enable_prefix_caching: Keep full blocks of finished prompts for later prompts that begin alike.
-        max_prefill_tokens: Most prompt tokens of one step; the largest prefill bucket. Default: 8192 on a GPU, 512 on
-            a CPU.
+        max_prefill_tokens: Most prompt tokens of one step; the largest prefill bucket. It bounds how long sequences
+            that decode wait for a token while prompts are computed. Default: 8192 on a GPU, 512 on a CPU.
         max_prefill_seqs: Most prompts packed into one prefill step.
-        prefill_share: While sequences decode, prefill may take at most this share of the time, by measured cost.
-            1 lets waiting prompts go first.
+        prefill_share: While sequences decode, prefill may take at most this share of the time, by measured cost, but
+            for one decode step after every prefill step, which is always run. More of it is throughput and time to
+            the first token, less of it is time between tokens; the longest time between two tokens is that of one
+            prefill step, which ``max_prefill_tokens`` bounds, and a decode step. 1 lets waiting prompts go first.
         decode_buckets: Batch sizes to build steps for. ``max_num_seqs`` is always added. Default: a dense table.
         prefill_buckets: Token counts to build steps for. ``max_prefill_tokens`` is always added. Default: a dense
             table.
@@ -77,7 +79,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None
     max_prefill_seqs: int = 64
-    prefill_share: float = 0.9
+    prefill_share: float = 0.97
     decode_buckets: Sequence[int] | None = None
     prefill_buckets: Sequence[int] | None = None
     bucket_policy: str = "cost"

@@ -310,6 +310,7 @@ class LLMEngine:
             prefill_padding=scheduler.prefill_padding.waste,
             decode_costs=dict(scheduler.decode_buckets.costs),
             prefill_costs=dict(scheduler.prefill_buckets.costs),
+            context_ms_per_token=scheduler.context_ms_per_token,
             costs_measured=scheduler.decode_buckets.measured,
             memory=parts.plan,
             graphs=parts.graphs,

@@ -112,7 +112,8 @@ class EngineStats:
         kv_blocks_cached: Blocks whose content later prompts can use.
         decode_buckets, prefill_buckets: How each bucket was used.
         decode_padding, prefill_padding: Share of rows (tokens) that were padding, 0 to 1.
-        decode_costs, prefill_costs: Milliseconds of one step by bucket.
+        decode_costs, prefill_costs: Milliseconds of one step by bucket; those of decode over rows without context.
+        context_ms_per_token: Milliseconds that each token of the rows' contexts adds to a decode step.
         costs_measured: False if the costs are only assumed proportional to size.
         memory: Where the memory went.
         graphs: What each captured graph cost to make.
@@ -141,6 +142,7 @@ class EngineStats:
     prefill_padding: float
     decode_costs: dict[int, float]
     prefill_costs: dict[int, float]
+    context_ms_per_token: float
     costs_measured: bool
     memory: MemoryPlan
     graphs: tuple[CaptureRecord, ...]

@@ -11,32 +11,43 @@ from mini_infer.step import PrefillChunk
 
 
 class PrefillShare:
-    """Keeps prefill to its share of the time while rows decode.
+    """Shares the time between prefill and decode while rows decode.
+
+    After a prefill step decode gets what the share leaves it, rounded to whole steps, and at least one: however large
+    the share, no row waits longer for its next token than a prefill step and a decode step take.
 
     Args:
-        share: In (0, 1].
+        share: Prefill's, in (0, 1]. At 1 decode gets nothing while there are prompts to compute.
     """
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._lead_ms = 0.0  # how far prefill is ahead of its share
+        self._owes_step = False  # no decode step since the last prefill step
 
     @property
     def is_ahead(self) -> bool:
-        """True if decode is to go first."""
-        return self._lead_ms > 0
+        """True if decode may be due."""
+        return self._owes_step or self._lead_ms > 0
+
+    def is_decode_due(self, ms: float) -> bool:
+        """True if decode is to go before prefill; its next step is predicted to take ``ms``."""
+        return self._owes_step or self._lead_ms > ms * self._share / 2
 
     def prefilled(self, ms: float) -> None:
         """A prefill step took its time from rows that decode."""
         self._lead_ms += ms * (1 - self._share)
+        self._owes_step = self._share < 1
 
     def decoded(self, ms: float) -> None:
         """A decode step; what it leaves over is not saved up."""
         self._lead_ms = max(0.0, self._lead_ms - ms * self._share)
+        self._owes_step = False
 
     def reset(self) -> None:
         """Nobody decodes: there is no time to share."""
         self._lead_ms = 0.0
+        self._owes_step = False
 
 
 def plan_chunks(

@@ -30,6 +30,7 @@ class RowTable:
         self._ids: list[str] = []
         self._slots = np.zeros(max_num_seqs, dtype=np.int64)
         self._room = np.zeros(max_num_seqs, dtype=np.int64)  # outputs that each row's blocks have a place for
+        self._prompts = np.zeros(max_num_seqs, dtype=np.int64)  # prompt tokens of each row
         self._batch: tuple[tuple[str, ...], Members] | None = None  # None: to be made anew
         self._edits: list[RowEdit] = []
 
@@ -62,6 +63,7 @@ class RowTable:
         self._ids.append(request.request_id)
         self._slots[row] = request.slot
         self._room[row] = capacity - request.num_prompt_tokens
+        self._prompts[row] = request.num_prompt_tokens
         self._batch = None
         self._edits.append(
             PlaceRow(row, token_id, request.num_tokens, tuple(block_table), request.sampling, request.seed)
@@ -73,7 +75,8 @@ class RowTable:
         moved, moved_id = self._requests.pop(), self._ids.pop()
         if hole != last:
             self._requests[hole], self._ids[hole] = moved, moved_id
-            self._slots[hole], self._room[hole] = self._slots[last], self._room[last]
+            for by_row in (self._slots, self._room, self._prompts):
+                by_row[hole] = by_row[last]
             self._edits.append(MoveRow(last, hole))
         self._edits.append(ClearRow(last))
         moved.row = hole
@@ -103,6 +106,16 @@ class RowTable:
         return edits
 
     # A decode step over all rows
+
+    def num_context_tokens(self, window: int) -> int:
+        """Tokens that the next step's rows attend to, all together, each row's new token included.
+
+        Args:
+            window: The most that a row attends to; 0 for all of its tokens.
+        """
+        _, members = self.batch
+        lengths = self._prompts[: len(self)] + self._outputs.num_launched[members.slots]
+        return int((np.minimum(lengths, window) if window else lengths).sum())
 
     def launch(self) -> list[Request]:
         """One more token for every row. Returns the requests for which this was the last one."""

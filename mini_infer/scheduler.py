@@ -15,6 +15,7 @@ A decode step costs the host the same however many rows there are: what all rows
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -46,13 +47,16 @@ class Scheduler:
         prefill_buckets: Prefill step sizes and costs; the largest is the most tokens of one step. Default: a dense
             table up to 2048.
         max_prefill_seqs: Most chunks of one prefill step.
-        prefill_share: Share of the time that prefill may take while rows decode, in (0, 1].
+        prefill_share: Share of the time that prefill may take while rows decode, in (0, 1]; below 1 there is a decode
+            step after every prefill step all the same.
         preemption: "swap", "recompute", or "auto" for the cheaper one.
         swap_ms_per_block: Milliseconds to move one block one way; None takes swapping as the cheaper one.
         enable_prefix_caching: Share full blocks between prompts that begin alike.
+        context_ms_per_token: Milliseconds that each token of the rows' contexts adds to a decode step.
+        attention_window: The most tokens of a row that any layer attends to; 0 for all.
 
     Raises:
-        ConfigError: a count or a share out of bounds, an unknown preemption mode, or buckets that do not cover
+        ConfigError: a count, a share or a cost out of bounds, an unknown preemption mode, or buckets that do not cover
             ``max_num_seqs``.
         OutOfMemoryError: the blocks cannot hold one sequence of ``max_model_len``.
     """
@@ -68,10 +72,12 @@ class Scheduler:
         decode_buckets: BucketTable | None = None,
         prefill_buckets: BucketTable | None = None,
         max_prefill_seqs: int = 64,
-        prefill_share: float = 0.9,
+        prefill_share: float = 0.97,
         preemption: str = "auto",
         swap_ms_per_block: float | None = None,
         enable_prefix_caching: bool = True,
+        context_ms_per_token: float = 0.0,
+        attention_window: int = 0,
     ) -> None:
         for name, value in (
             ("max_num_seqs", max_num_seqs),
@@ -83,6 +89,10 @@ class Scheduler:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0 < prefill_share <= 1:
             raise ConfigError(f"prefill_share must be in (0, 1], got {prefill_share}")
+        if not 0 <= context_ms_per_token < math.inf:
+            raise ConfigError(f"context_ms_per_token must be finite and at least 0, got {context_ms_per_token}")
+        if attention_window < 0:
+            raise ConfigError(f"attention_window must be at least 0, got {attention_window}")
         blocks_per_seq = -(-max_model_len // block_size)
         if num_gpu_blocks is None:
             num_gpu_blocks = max_num_seqs * blocks_per_seq
@@ -108,6 +118,8 @@ class Scheduler:
             )
         self.decode_padding = PaddingCounter(self.decode_buckets)
         self.prefill_padding = PaddingCounter(self.prefill_buckets)
+        self.context_ms_per_token = context_ms_per_token
+        self._attention_window = attention_window
         self._max_prefill_seqs = max_prefill_seqs
         self._share = PrefillShare(prefill_share)
         self._requests: dict[str, Request] = {}  # every unfinished one
@@ -219,7 +231,7 @@ class Scheduler:
         if not places.rows:
             self._share.reset()
         places.resume_swapped()
-        if self._share.is_ahead and places.grow_rows():
+        if self._share.is_ahead and self._share.is_decode_due(self._decode_ms()) and places.grow_rows():
             return self._decode_step()
         chunks = plan_chunks(
             places.admitted(), self.prefill_buckets, self.block_manager, max_chunks=self._max_prefill_seqs
@@ -260,19 +272,27 @@ class Scheduler:
         outputs = self._step(
             StepKind.DECODE, bucket, request_ids, members, reason=f"{num_seqs} rows decode in bucket {bucket}"
         )
-        self.decode_padding.count(num_seqs, bucket)
-        self._share.decoded(self.decode_buckets.costs[bucket])
+        predicted_ms = self._decode_ms()
+        self.decode_padding.count(num_seqs, bucket, predicted_ms)
+        self._share.decoded(predicted_ms)
         for request in rows.launch():
             self._places.drain(request)
         return outputs
+
+    def _decode_ms(self) -> float:
+        """What a decode step over the present rows is predicted to take. Padded rows have no context to read."""
+        rows = self._places.rows
+        context = rows.num_context_tokens(self._attention_window)
+        return self.decode_buckets.cost(len(rows)) + self.context_ms_per_token * context
 
     # Prefill
 
     def _prefill_step(self, chunks: list[PrefillChunk]) -> SchedulerOutputs:
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         bucket = self.prefill_buckets.bucket(num_tokens)
+        predicted_ms = self.prefill_buckets.costs[bucket]
         if self._places.rows:
-            self._share.prefilled(self.prefill_buckets.costs[bucket])
+            self._share.prefilled(predicted_ms)
         placed = []
         for chunk in chunks:
             request = self._requests[chunk.request_id]
@@ -281,7 +301,7 @@ class Scheduler:
             if chunk.is_last:
                 self._places.end_prefill(request)
             placed.append(replace(chunk, row=request.row))
-        self.prefill_padding.count(num_tokens, bucket)
+        self.prefill_padding.count(num_tokens, bucket, predicted_ms)
         slots = np.array([self._requests[chunk.request_id].slot for chunk in placed], dtype=np.int64)
         return self._step(
             StepKind.PREFILL,

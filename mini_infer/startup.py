@@ -252,8 +252,10 @@ def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None)
     config = shape.config
     sizes = shape if measured is None else measured
     decode_ms = prefill_ms = swap_ms = None
+    context_ms = 0.0
     if measured is not None:
-        decode_ms, prefill_ms, swap_ms = measured.decode_ms, measured.prefill_ms, measured.swap_ms_per_block
+        decode_ms, prefill_ms = measured.decode_ms, measured.prefill_ms
+        swap_ms, context_ms = measured.swap_ms_per_block, measured.context_ms_per_token
     return Scheduler(
         config.max_num_seqs,
         shape.max_model_len,
@@ -269,6 +271,8 @@ def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None)
         preemption=config.preemption,
         swap_ms_per_block=swap_ms,
         enable_prefix_caching=config.enable_prefix_caching,
+        context_ms_per_token=context_ms,
+        attention_window=shape.spec.longest_window,
     )
 
 

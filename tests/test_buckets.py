@@ -178,8 +178,8 @@ def test_costs_that_are_not_positive_are_refused(cost: float) -> None:
 def test_padding_counter_adds_up(table: BucketTable, sizes: list[int]) -> None:
     counter = PaddingCounter(table)
     sizes = [min(size, table.largest) for size in sizes]
-    for size in sizes:
-        counter.count(size, table.bucket(size))
+    for index, size in enumerate(sizes):
+        counter.count(size, table.bucket(size), float(index))
     uses = counter.by_bucket
     assert list(uses) == sorted({table.bucket(size) for size in sizes})
     assert sum(use.steps for use in uses.values()) == len(sizes)
@@ -190,6 +190,7 @@ def test_padding_counter_adds_up(table: BucketTable, sizes: list[int]) -> None:
         assert use.rows + use.padded == use.steps * bucket
         lost = [table.cost(size) - table.exact_cost(size) for size in sizes if table.bucket(size) == bucket]
         assert use.padding_ms == pytest.approx(sum(max(0.0, ms) for ms in lost))
+        assert use.predicted_ms == sum(index for index, size in enumerate(sizes) if table.bucket(size) == bucket)
     assert padding_share(uses.values()) == counter.waste
     assert counter.waste == pytest.approx((total - sum(sizes)) / total if total else 0.0)
 
@@ -197,9 +198,9 @@ def test_padding_counter_adds_up(table: BucketTable, sizes: list[int]) -> None:
 def test_padding_counter_by_hand() -> None:
     counter = PaddingCounter(BucketTable([2], 8, {2: 1.0, 8: 4.0}))
     assert counter.by_bucket == {} and counter.waste == 0.0
-    for size, bucket in ((6, 8), (2, 2), (5, 8)):
-        counter.count(size, bucket)
-    assert counter.by_bucket == {2: BucketUse(1, 2, 0, 0.0), 8: BucketUse(2, 11, 5, 2.5)}
+    for size, bucket, predicted_ms in ((6, 8, 4.5), (2, 2, 1.25), (5, 8, 7.0)):
+        counter.count(size, bucket, predicted_ms)
+    assert counter.by_bucket == {2: BucketUse(1, 2, 0, 0.0, 1.25), 8: BucketUse(2, 11, 5, 2.5, 11.5)}
     assert counter.waste == pytest.approx(5 / 18)
     counter.by_bucket.clear()
     assert counter.by_bucket, "the counts can be changed from outside"
@@ -212,12 +213,12 @@ def test_padding_loses_what_an_exact_step_would_save() -> None:
     counter = PaddingCounter(table)
     for size, bucket in ((5, 8), (2, 4), (4, 4)):
         assert table.bucket(size) == bucket
-        counter.count(size, bucket)
-    assert counter.by_bucket == {4: BucketUse(2, 6, 2, 0.0), 8: BucketUse(1, 5, 3, 1.5)}
+        counter.count(size, bucket, 9.0)
+    assert counter.by_bucket == {4: BucketUse(2, 6, 2, 0.0, 18.0), 8: BucketUse(1, 5, 3, 1.5, 9.0)}
 
 
 def test_use_since_a_snapshot() -> None:
-    assert BucketUse(5, 11, 9, 2.5) - BucketUse(2, 4, 4, 1.0) == BucketUse(3, 7, 5, 1.5)
+    assert BucketUse(5, 11, 9, 2.5, 30.0) - BucketUse(2, 4, 4, 1.0, 4.5) == BucketUse(3, 7, 5, 1.5, 25.5)
     assert padding_share([]) == 0.0 and padding_share([BucketUse(1, 3, 1), BucketUse(2, 5, 7)]) == 0.5
 
 

@@ -1205,11 +1205,11 @@ def test_stats(engine_with: Callable[..., LLMEngine]) -> None:
     assert (stats.num_finished, stats.num_running, stats.kv_blocks_used) == (3, 0, 0)
     assert (stats.prompt_tokens, stats.cached_prompt_tokens, stats.output_tokens) == (15, 0, 12)
     assert (stats.prefill_steps, stats.decode_steps, stats.off_graph_steps) == (1, 3, 0)
-    assert stats.prefill_buckets == {16: BucketUse(1, 15, 1, pytest.approx(1.0))}
-    assert stats.decode_buckets == {4: BucketUse(3, 9, 3, pytest.approx(3.0))}
+    assert stats.prefill_buckets == {16: BucketUse(1, 15, 1, pytest.approx(1.0), 16.0)}
+    assert stats.decode_buckets == {4: BucketUse(3, 9, 3, pytest.approx(3.0), 12.0)}
     assert (stats.prefill_padding, stats.decode_padding) == (1 / 16, 0.25)
     assert stats.preemptions == {"swap": 0, "recompute": 0}
-    assert (stats.decode_costs, stats.costs_measured) == ({4: 4.0, 8: 8.0}, False)
+    assert (stats.decode_costs, stats.context_ms_per_token, stats.costs_measured) == ({4: 4.0, 8: 8.0}, 0.0, False)
     assert stats.memory.num_gpu_blocks == 96
     assert stats.graphs == ()
     assert sum(stats.startup.phases.values()) == pytest.approx(stats.startup.total)

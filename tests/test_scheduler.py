@@ -212,6 +212,9 @@ def test_counts_below_one_are_refused(name: str) -> None:
         ("prefill_share", NAN, r"prefill_share must be in \(0, 1\], got nan"),
         ("preemption", "Swap", "preemption must be one of auto, swap, recompute, got 'Swap'"),
         ("num_cpu_blocks", -1, "num_cpu_blocks must be at least 0, got -1"),
+        ("context_ms_per_token", -1e-9, "context_ms_per_token must be finite and at least 0, got -1e-09"),
+        ("context_ms_per_token", NAN, "context_ms_per_token must be finite and at least 0, got nan"),
+        ("attention_window", -1, "attention_window must be at least 0, got -1"),
     ],
 )
 def test_options_out_of_bounds_are_refused(name: str, value: Any, message: str) -> None:
@@ -405,10 +408,10 @@ def run_under_stream(share: float, prefill_ms: float, decode_ms: float, num_step
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize(("prefill_ms", "decode_ms"), [(5.0, 1.0), (1.0, 1.0)])
 def test_prefill_takes_no_more_than_its_share(share: float, prefill_ms: float, decode_ms: float) -> None:
-    """At most one prefill step over its share, and decode goes on."""
+    """At most one prefill step over its share and half a decode step's, to which it is rounded; decode goes on."""
     prefill, decode = run_under_stream(share, prefill_ms, decode_ms, 100)
     assert decode > 0
-    assert prefill * (1 - share) <= decode * share + prefill_ms * (1 - share) + 1e-6
+    assert prefill * (1 - share) <= decode * share + prefill_ms * (1 - share) + decode_ms * share / 2 + 1e-6
     assert prefill > 0
 
 
@@ -427,6 +430,48 @@ def test_a_cheap_prefill_uses_its_share() -> None:
     kinds = [engine.step().kind for _ in range(40)]
     assert 18 <= kinds.count(StepKind.PREFILL) <= 22
     assert all(StepKind.DECODE in pair for pair in itertools.pairwise(kinds))
+
+
+def decode_steps_between(*, decode_ms: float, context_ms_per_token: float = 0.0) -> list[int]:
+    """Decode steps from each of 64 prefill steps, of 16 ms, to the next; one prompt each, and some output."""
+    engine = Engine(
+        max_num_seqs=64,
+        max_model_len=64,
+        decode_buckets=BucketTable([], 64, {64: decode_ms}),
+        prefill_buckets=BucketTable([], 32, {32: 16.0}),
+        context_ms_per_token=context_ms_per_token,
+        enable_prefix_caching=False,
+    )
+    for number in range(64):
+        engine.add(f"r{number}", [number] * 32, 16)
+    between: list[int] = []
+    for outputs in engine.finish():
+        if outputs.kind is StepKind.PREFILL:
+            between.append(0)
+        else:
+            between[-1] += 1
+    return between
+
+
+def test_one_decode_step_after_each_prefill_step_where_decode_is_dear() -> None:
+    """By default decode gets 0.48 ms of time for 16 of prefill: half a step or less. It gets one, and no more.
+
+    The first prompt finds nobody decoding, so the second follows at once.
+    """
+    between = decode_steps_between(decode_ms=2.0)
+    assert len(between) == 64 and between[:-1] == [0] + [1] * 62
+
+
+def test_several_decode_steps_after_each_prefill_step_where_decode_is_cheap() -> None:
+    """0.48 ms are five steps of 0.1 ms; at least, since the share is one of time."""
+    between = decode_steps_between(decode_ms=0.1)
+    assert len(between) == 64 and between[:-1] == [0] + [5] * 62
+
+
+def test_contexts_make_decode_dear() -> None:
+    """The same steps without contexts would be five."""
+    between = decode_steps_between(decode_ms=0.1, context_ms_per_token=0.02)
+    assert len(between) == 64 and between[:-1] == [0] + [1] * 62
 
 
 def test_share_one_lets_prompts_go_first() -> None:
@@ -970,6 +1015,26 @@ def test_results_of_the_wrong_length_are_noticed() -> None:
     outputs = engine.scheduler.schedule()
     with pytest.raises(ValueError):
         engine.scheduler.update(outputs, sampled_tokens([1, 2], [0.0, 0.0]))
+
+
+@pytest.mark.parametrize(("window", "contexts"), [(0, (16 + 18, 12)), (8, (14 + 15, 8))])
+def test_decode_steps_are_predicted_with_their_contexts(window: int, contexts: tuple[int, int]) -> None:
+    """Two rows of 6 and 10 tokens, then 7 and 11; then the second alone, in the first one's row, with 12."""
+    engine = Engine(
+        decode_buckets=BucketTable([1, 2], 4, {1: 1.0, 2: 1.5, 4: 2.0}),
+        prefill_buckets=BucketTable([], 16, {16: 5.0}),
+        context_ms_per_token=0.01,
+        attention_window=window,
+    )
+    engine.add("a", prompt_of(5), 3)
+    engine.add("b", prompt_of(9, first=3), 4)
+    engine.finish()
+    uses = engine.scheduler.decode_padding.by_bucket
+    assert {bucket: use.steps for bucket, use in uses.items()} == {1: 1, 2: 2}
+    assert uses[2].predicted_ms == pytest.approx(2 * 1.5 + 0.01 * contexts[0])
+    assert uses[1].predicted_ms == pytest.approx(1.0 + 0.01 * contexts[1])
+    assert uses[1].padding_ms == uses[2].padding_ms == 0.0, "contexts are no padding"
+    assert engine.scheduler.prefill_padding.by_bucket[16].predicted_ms == 5.0
 
 
 def test_padding_is_counted() -> None:

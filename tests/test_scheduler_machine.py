@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pytest import approx
 
 from mini_infer.buckets import BucketTable
 from mini_infer.output_table import NO_SLOT, NOBODY
@@ -80,10 +81,12 @@ def setups(draw: st.DrawFn) -> Setup:
         "decode_buckets": draw(bucket_tables(max_num_seqs)),
         "prefill_buckets": draw(bucket_tables(draw(st.sampled_from([24, 8, 5, 3, 1])))),
         "max_prefill_seqs": draw(st.sampled_from([4, 2, 1])),
-        "prefill_share": draw(st.sampled_from([0.2, 0.5, 0.9, 1.0])),
+        "prefill_share": draw(st.sampled_from([0.2, 0.5, 0.97, 1.0])),
         "preemption": draw(st.sampled_from(["swap", "recompute", "auto"])),
         "swap_ms_per_block": draw(st.one_of(st.none(), COSTS)),
         "enable_prefix_caching": draw(st.booleans()),
+        "context_ms_per_token": draw(st.sampled_from([0.0, 0.1, 3.0])),
+        "attention_window": draw(st.sampled_from([0, 4])),
     }
     return Setup(options, draw(st.sampled_from([1, 2, 3])), troubled=draw(st.booleans()))
 
@@ -114,6 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.unfinished: dict[str, Request] = {}
         self.first_token_launched: set[str] = set()
         self.num_steps = 0
+        self.owes_step = False  # a prefill step took its time from rows that decode, which had no step since
         self.add(asks)
 
     # What happens to the engine
@@ -205,7 +209,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule(self) -> SchedulerOutputs:
         seated = {request: request.num_preemptions for request in self.unfinished.values() if request.status in SEATED}
+        decoding = [request for request in seated if request.status is RequestStatus.RUNNING]
         outputs = self.scheduler.schedule()
+        self.check_turns(outputs, any(request.num_preemptions == seated[request] for request in decoding))
         kept = [request.arrival for request, before in seated.items() if request.num_preemptions == before]
         for request, before in seated.items():
             if request.num_preemptions > before:
@@ -224,9 +230,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         return outputs
 
     def launch(self) -> None:
+        before = self.predicted_ms(StepKind.PREFILL), self.predicted_ms(StepKind.DECODE)
         outputs = self.schedule()
         if outputs:
             self.in_flight.append(InFlight(outputs, self.device.run(outputs)))
+            self.check_prediction(outputs, *before)
             if outputs.kind is StepKind.DECODE:
                 self.check_tables(outputs)
 
@@ -278,6 +286,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert outputs.num_seqs <= self.options["max_num_seqs"]
         if not decode:
             assert outputs.num_seqs <= self.options["max_prefill_seqs"]
+
+    def check_turns(self, outputs: SchedulerOutputs, had_rows: bool) -> None:
+        """No two prefill steps in a row while somebody decodes; ``had_rows``: somebody did, and kept its place."""
+        if outputs.kind is StepKind.PREFILL:
+            assert not (had_rows and self.owes_step), "rows wait for more than one prefill step"
+            self.owes_step = had_rows and self.options["prefill_share"] < 1
+        elif outputs or not had_rows:
+            self.owes_step = False
+
+    def predicted_ms(self, kind: StepKind) -> float:
+        counter = self.scheduler.decode_padding if kind is StepKind.DECODE else self.scheduler.prefill_padding
+        return sum(use.predicted_ms for use in counter.by_bucket.values())
+
+    def check_prediction(self, outputs: SchedulerOutputs, prefill_ms: float, decode_ms: float) -> None:
+        """By the bucket's cost, and by the rows' lengths in a decode step, which has made them one longer by now."""
+        if outputs.kind is StepKind.PREFILL:
+            prefill_ms += self.options["prefill_buckets"].costs[outputs.bucket]
+        else:
+            lengths = [self.scheduler.metadata(request_id).num_tokens - 1 for request_id in outputs.request_ids]
+            if window := self.options["attention_window"]:
+                lengths = [min(length, window) for length in lengths]
+            decode_ms += self.options["decode_buckets"].costs[outputs.bucket]
+            decode_ms += self.options["context_ms_per_token"] * sum(lengths)
+        assert self.predicted_ms(StepKind.PREFILL) == approx(prefill_ms)
+        assert self.predicted_ms(StepKind.DECODE) == approx(decode_ms)
 
     def check_tables(self, outputs: SchedulerOutputs) -> None:
         """Each row of a decode step read and wrote the blocks that are its request's now."""

@@ -19,7 +19,7 @@ import torch
 from mini_infer import EngineConfig, LLMEngine
 from mini_infer import startup as startup_module
 from mini_infer.buckets import BucketTable
-from mini_infer.builder import GRAPH_MARGIN, RunnerBuilder
+from mini_infer.builder import CPU_CONTEXT_ROWS, GRAPH_MARGIN, RunnerBuilder
 from mini_infer.exceptions import ConfigError, MiniInferError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import read_model_files
@@ -319,6 +319,29 @@ def test_default_buckets_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatc
         decode = [record for record in parts.graphs if record.kind is StepKind.DECODE]
         assert tuple(record.bucket for record in decode) == expected
         assert [record.step_ms for record in decode] == [parts.scheduler.decode_buckets.costs[r.bucket] for r in decode]
+
+
+def test_what_is_measured_reaches_the_scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of context by the largest bucket that is not too large; without measuring there is none."""
+    asked: list[tuple[int, int]] = []
+
+    def measure_context(self: object, bucket: int, *, max_rows: int, num_tokens: int) -> float:
+        asked.append((bucket, max_rows))
+        return 0.25
+
+    monkeypatch.setattr("mini_infer.runner.ModelRunner.measure_context", measure_context)
+    for listed in (None, [40], [6, 9]):
+        parts = assemble(config_of(folder, max_num_seqs=40, measure_costs=True, decode_buckets=listed))
+        assert parts.scheduler.context_ms_per_token == 0.25
+    assert asked == [(CPU_CONTEXT_ROWS, CPU_CONTEXT_ROWS), (40, CPU_CONTEXT_ROWS), (6, 6)]
+    assert assemble(config_of(folder)).scheduler.context_ms_per_token == 0.0
+    assert len(asked) == 3
+
+
+def test_a_start_measures_context(folder: Path) -> None:
+    """On a CPU, too: something between nothing and a millisecond a token."""
+    parts = assemble(config_of(folder, measure_costs=True))
+    assert 0.0 <= parts.scheduler.context_ms_per_token < 1.0
 
 
 # Tokenizer and model

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences at once")
     parser.add_argument("--max-model-len", type=int, default=4096, help="most tokens of one sequence")
     parser.add_argument("--steps-in-flight", type=int, help="steps launched before the first one's tokens are read")
-    parser.add_argument("--prefill-share", type=float, default=0.9, help="share of the time for waiting prompts")
+    parser.add_argument("--prefill-share", type=float, default=0.97, help="share of the time for waiting prompts")
     parser.add_argument("--eager", action="store_true", help="run without captured graphs")
     parser.add_argument(
         "--measure-steps",

@@ -67,7 +67,7 @@ class BucketRow:
         kind: Prefill or decode.
         bucket: Its rows or tokens.
         use: Steps, real and padded rows, what padding cost.
-        predicted_ms: Milliseconds of a step by the cost table.
+        predicted_ms: Mean milliseconds of its steps as the scheduler predicted them, contexts included.
         measured_ms: Median milliseconds of the steps as they ran; None if they were not measured.
     """
 
@@ -115,8 +115,8 @@ class StepUsage:
         decode = _used(before.decode_buckets, after.decode_buckets)
         prefill = _used(before.prefill_buckets, after.prefill_buckets)
         self.buckets = [
-            *self._rows(StepKind.DECODE, decode, after.decode_costs),
-            *self._rows(StepKind.PREFILL, prefill, after.prefill_costs),
+            *self._rows(StepKind.DECODE, decode),
+            *self._rows(StepKind.PREFILL, prefill),
         ]
         self.summary = StepSummary(
             decode_steps=after.decode_steps - before.decode_steps,
@@ -129,9 +129,12 @@ class StepUsage:
             gpu_idle=idle_share(self.step_times),
         )
 
-    def _rows(self, kind: StepKind, uses: Mapping[int, BucketUse], costs: Mapping[int, float]) -> list[BucketRow]:
+    def _rows(self, kind: StepKind, uses: Mapping[int, BucketUse]) -> list[BucketRow]:
         measured = median_step_ms(self.step_times, kind)
-        return [BucketRow(kind, bucket, use, costs[bucket], measured.get(bucket)) for bucket, use in uses.items()]
+        return [
+            BucketRow(kind, bucket, use, use.predicted_ms / use.steps, measured.get(bucket))
+            for bucket, use in uses.items()
+        ]
 
 
 def _used(before: Mapping[int, BucketUse], after: Mapping[int, BucketUse]) -> dict[int, BucketUse]:
@@ -141,8 +144,8 @@ def _used(before: Mapping[int, BucketUse], after: Mapping[int, BucketUse]) -> di
 
 
 def bucket_table(rows: Sequence[BucketRow]) -> str:
-    """A line for each bucket: steps, real and padded rows, what padding cost, and what a step costs as predicted by
-    the cost table and as measured."""
+    """A line for each bucket: steps, real and padded rows, what padding cost, and what its steps took, as predicted
+    on average and as measured."""
     lines = [
         f"{'step':<8}{'bucket':>7}{'steps':>8}{'rows':>10}{'padded':>9}{'padding ms':>12}"
         f"{'predicted':>11}{'measured':>10}{'ratio':>7}"

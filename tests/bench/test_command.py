@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from mini_infer.bench.arguments import add_arguments
 from mini_infer.cli import main
+from mini_infer.config import EngineConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +94,15 @@ def test_options_that_do_not_go_together(
     assert main(["bench", *options, *arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and words in captured.err
+
+
+def test_defaults_are_the_engines_own() -> None:
+    """What a benchmark measures by default is what an engine does by default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments, config = parser.parse_args(["latency"]), EngineConfig(model="any")
+    assert arguments.prefill_share == config.prefill_share == 0.97
+    assert (arguments.max_num_seqs, arguments.steps_in_flight) == (config.max_num_seqs, config.steps_in_flight)
 
 
 def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from mini_infer import LLMEngine
+from mini_infer import LLMEngine, SamplingParams
 from mini_infer.bench.report import BucketRow, StepUsage, bucket_table, environment, last_line, percent
 from mini_infer.bench.run import timed
 from mini_infer.buckets import BucketUse
@@ -40,6 +40,23 @@ def test_usage_is_what_ran_in_between(engine: LLMEngine) -> None:
         measured = sorted(step.ms for step in usage.step_times if (step.kind, step.bucket) == (row.kind, row.bucket))
         assert len(measured) == row.use.steps
         assert row.measured_ms is not None and measured[0] <= row.measured_ms <= measured[-1]
+        costs = after.decode_costs if row.kind is StepKind.DECODE else after.prefill_costs
+        assert row.predicted_ms == pytest.approx(costs[row.bucket]) or row.kind is StepKind.DECODE
+        assert row.predicted_ms >= costs[row.bucket] * (1 - 1e-9)
+
+
+def test_predictions_are_means_with_the_contexts(engine: LLMEngine) -> None:
+    """Of the steps in between alone: one row at 6, 7 and 8 tokens, at 0.5 ms each."""
+    scheduler = engine._open().scheduler
+    timed(engine, small_work(num_requests=5))
+    before, cost = engine.stats(), scheduler.decode_buckets.cost(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "context_ms_per_token", 0.5)
+        engine.generate([3, 4, 5, 6, 7], sampling_params=SamplingParams(max_tokens=4, ignore_eos=True))
+    decode, prefill = StepUsage(before, engine.stats()).buckets
+    assert (decode.use.steps, prefill.use.steps) == (3, 1)
+    assert decode.predicted_ms == pytest.approx(cost + 0.5 * 7)
+    assert prefill.predicted_ms == pytest.approx(scheduler.prefill_buckets.cost(5))
 
 
 def test_usage_without_measured_steps(engine: LLMEngine) -> None:
