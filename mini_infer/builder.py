@@ -26,7 +26,8 @@ measured once for each machine, and buckets are dropped by what is found; eager 
 CONTEXT_ROWS, CONTEXT_TOKENS = 64, 64 * 1024
 """What the cost of context is measured on: most rows, and tokens of all of them. They hold several GB of K/V, of which
 no cache of a GPU keeps a part worth mention, and take some milliseconds to read."""
-CPU_CONTEXT_ROWS, CPU_CONTEXT_TOKENS = 8, 8 * 256
+CPU_CONTEXT_ROWS, CPU_CONTEXT_TOKENS = 2, 2 * 512
+"""On a CPU a token of context costs a greater part of a step, and a step takes long."""
 TRIAL_GRAPHS = 6
 """Graphs of each kind in the trial capture: a driver hands out memory in pieces that hold several small graphs."""
 GRAPH_MARGIN = 64 << 20

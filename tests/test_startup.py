@@ -330,12 +330,12 @@ def test_what_is_measured_reaches_the_scheduler(folder: Path, monkeypatch: pytes
         return 0.25
 
     monkeypatch.setattr("mini_infer.runner.ModelRunner.measure_context", measure_context)
-    for listed in (None, [40], [6, 9]):
+    for listed in (None, [40], [6, 9], [1]):
         parts = assemble(config_of(folder, max_num_seqs=40, measure_costs=True, decode_buckets=listed))
         assert parts.scheduler.context_ms_per_token == 0.25
-    assert asked == [(CPU_CONTEXT_ROWS, CPU_CONTEXT_ROWS), (40, CPU_CONTEXT_ROWS), (6, 6)]
+    assert asked == [(2, CPU_CONTEXT_ROWS), (40, CPU_CONTEXT_ROWS), (6, CPU_CONTEXT_ROWS), (1, 1)]
     assert assemble(config_of(folder)).scheduler.context_ms_per_token == 0.0
-    assert len(asked) == 3
+    assert len(asked) == 4
 
 
 def test_a_start_measures_context(folder: Path) -> None:
