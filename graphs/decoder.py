@@ -40,7 +40,7 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
     Returns:
         (token ids [rows] int64, their log probabilities [rows] float32).
     """
-    hidden, positions, slots, order = embed_rows(
+    hidden, positions, slots = embed_rows(
         rows.token_ids, rows.seq_lens, rows.block_tables, params.embedding, kv.blocks.shape[4]
     )
 
@@ -52,7 +52,6 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
             rows.block_tables,
             rows.seq_lens,
             sliding_window=window,
-            row_order=order,
         )
 
     _layers(spec, params, kv, hidden, positions, slots, attend)

@@ -1,6 +1,7 @@
 """What the op files share: registration, cheap argument checks, facts about how Triton runs. No device data is ever
 read here."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,14 @@ def register_op(
     torch.library.register_fake(f"mini_infer::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.mini_infer, name).default
     return op
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few on the CPU, where the interpreter runs the kernels."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def next_power_of_2(n: int) -> int:

@@ -1,7 +1,7 @@
 """What a decode step does before its first layer and after its sampler, one kernel each.
 
     embed_rows:    position = seq_len - 1;  slot = block_table[position // block_size] * block_size
-                   + position % block_size;  hidden = embedding[token_id];  order = rows by descending seq_len
+                   + position % block_size;  hidden = embedding[token_id]
     advance_rows:  token_id = sampled * active;  seq_len += active;  sampled and its log probability side by side
 
 A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 1 with a table of null
@@ -25,13 +25,12 @@ _ROWS = 128  # rows of a program of `advance_rows`
 
 def embed_rows_reference(
     token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain torch."""
     positions = seq_lens.long() - 1  # [rows]
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     slots = blocks * block_size + positions % block_size
-    order = seq_lens.argsort(descending=True, stable=True).int()
-    return F.embedding(token_ids, embedding), positions, slots, order
+    return F.embedding(token_ids, embedding), positions, slots
 
 
 def advance_rows_reference(
@@ -52,14 +51,11 @@ def _embed_rows_kernel(
     hidden_ptr,  # [rows, HIDDEN] contiguous
     position_ptr,  # [rows] int64
     slot_ptr,  # [rows] int64
-    order_ptr,  # [rows] int32
-    num_rows,
     table_stride,
     embedding_stride,
     BLOCK_SIZE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,  # at least num_rows
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
@@ -69,12 +65,7 @@ def _embed_rows_kernel(
     values = tl.load(embedding_ptr + token * embedding_stride + cols, mask=cols < HIDDEN)
     tl.store(hidden_ptr + row * HIDDEN + cols, values, mask=cols < HIDDEN)
     if tl.program_id(1) == 0:
-        length = tl.load(seq_len_ptr + row)
-        others = tl.arange(0, BLOCK_ROWS)
-        lengths = tl.load(seq_len_ptr + others, mask=others < num_rows, other=0)
-        before = (lengths > length) | ((lengths == length) & (others < row))
-        tl.store(order_ptr + tl.sum(before.to(tl.int32), axis=0), row.to(tl.int32))
-        position = length.to(tl.int64) - 1
+        position = tl.load(seq_len_ptr + row).to(tl.int64) - 1
         block = tl.load(table_ptr + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
         tl.store(position_ptr + row, position)
         tl.store(slot_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -106,12 +97,11 @@ def _advance_rows_kernel(
 
 def _launch_embed_rows(
     token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, hidden_size = token_ids.shape[0], embedding.shape[1]
     hidden = torch.empty((num_rows, hidden_size), dtype=embedding.dtype, device=embedding.device)
     positions = torch.empty((num_rows,), dtype=torch.int64, device=embedding.device)
     slots = torch.empty((num_rows,), dtype=torch.int64, device=embedding.device)
-    order = torch.empty((num_rows,), dtype=torch.int32, device=embedding.device)
     block = min(1024, next_power_of_2(hidden_size))
     _embed_rows_kernel[(num_rows, cdiv(hidden_size, block))](
         token_ids,
@@ -121,18 +111,15 @@ def _launch_embed_rows(
         hidden,
         positions,
         slots,
-        order,
-        num_rows,
         block_tables.stride(0),
         embedding.stride(0),
         BLOCK_SIZE=block_size,
         HIDDEN=hidden_size,
         BLOCK=block,
-        BLOCK_ROWS=next_power_of_2(num_rows),
         DEPENDENT=dependent_launch.supported(),  # without launch_pdl: it is a step's first kernel
         num_warps=4,
     )
-    return hidden, positions, slots, order
+    return hidden, positions, slots
 
 
 def _launch_advance_rows(
@@ -157,10 +144,10 @@ def _launch_advance_rows(
 
 def _embed_rows_fake(
     token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden = embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
     positions, slots = token_ids.new_empty(token_ids.shape), token_ids.new_empty(token_ids.shape)
-    return hidden, positions, slots, seq_lens.new_empty(seq_lens.shape)
+    return hidden, positions, slots
 
 
 def _advance_rows_fake(
@@ -181,8 +168,8 @@ _advance_rows_op = register_op(
 
 def embed_rows(
     token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where each row's token at hand goes, its embedding, and the rows in the order in which attention takes them.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row's token at hand goes, and its embedding.
 
     Args:
         token_ids: [rows] int64, the token at hand of each row, within the embedding.
@@ -192,8 +179,7 @@ def embed_rows(
         block_size: Tokens per KV cache block.
 
     Returns:
-        (hidden [rows, hidden_size], positions [rows] int64, slots [rows] int64, rows by descending length [rows]
-        int32).
+        (hidden [rows, hidden_size], positions [rows] int64, slots [rows] int64).
     """
     _check_rows(token_ids, seq_lens)
     if block_tables.dtype != torch.int32 or block_tables.dim() != 2 or block_tables.shape[0] != token_ids.shape[0]:
@@ -203,8 +189,9 @@ def embed_rows(
         )
     if embedding.dim() != 2 or embedding.stride(1) != 1 or block_tables.stride(1) != 1:
         raise ValueError("embedding must be [vocab_size, hidden_size], and it and block_tables dense in their rows")
-    hidden, positions, slots, order = _embed_rows_op(token_ids, seq_lens, block_tables, embedding, block_size)
-    return hidden, positions, slots, order
+    hidden: Tensor
+    hidden, positions, slots = _embed_rows_op(token_ids, seq_lens, block_tables, embedding, block_size)
+    return hidden, positions, slots
 
 
 def advance_rows(token_ids: Tensor, seq_lens: Tensor, active: Tensor, sampled: Tensor, logprobs: Tensor) -> Tensor:

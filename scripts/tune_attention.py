@@ -31,12 +31,8 @@ import triton
 from torch import Tensor
 from tune_linear import compile_only, first_line, relative_error
 
-from mini_infer.kernels.attention_decode import (
-    DecodeConfig,
-    _launch_paged_attention,
-    decode_config,
-    paged_attention_reference,
-)
+from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
+from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
 from mini_infer.kernels.attention_prefill import (
     PrefillConfig,
     _launch_paged_prefill_attention,
@@ -76,22 +72,30 @@ class Shape:
 
 def shapes(model: str, prefill: bool) -> list[Shape]:
     """The batches to measure."""
-    rng = random.Random(0)
     if prefill:
         batches = {f"{n}x{length}": (length,) * n for n, length in ((4, 2048), (1, 8192), (16, 512), (1, 512))}
     else:
-        counts = ((1, 192), (1, 1000), (8, 192), (16, 192), (32, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
+        counts = ((1, 192), (1, 1000), (1, 4000), (8, 192), (16, 192), (64, 192), (64, 1000), (256, 192), (256, 820))
         batches = {f"{rows}x{context}": (context,) * rows for rows, context in counts}
-        for rows in (64, 128, 256):
-            batches[f"{rows} ragged"] = tuple(rng.randint(200, 1900) for _ in range(rows))
+        for rows in (24, 48, 64, 96, 144, 208, 256):
+            batches[f"{rows} ragged"] = ragged(rows)
     return [Shape(f"{model} {name}", HEADS[model], lens, prefill) for name, lens in batches.items()]
 
 
+def ragged(rows: int) -> tuple[int, ...]:
+    """Contexts while a batch drains: 256 requests of 100 to 1024 prompt and output tokens began together, and this many
+    are left."""
+    rng = random.Random(0)
+    requests = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
+    steps = sorted(outputs for _, outputs in requests)[256 - rows] - 1
+    return tuple(prompt + steps for prompt, outputs in requests if outputs > steps)[:rows]
+
+
 def decode_candidates() -> list[DecodeConfig]:
-    """(split, block_n, num_warps, num_stages, programs)."""
-    tiles = [(64, 4, 2), (64, 4, 3), (64, 2, 2), (64, 2, 3), (32, 2, 2), (32, 2, 3), (32, 2, 4), (32, 1, 3)]
-    configs = [DecodeConfig(split, *tile, 512) for split in (64, 256) for tile in tiles]
-    return [*configs, *(DecodeConfig(128, *tile, 512) for tile in ((64, 4, 3), (32, 2, 3)))]
+    """(block_n, num_warps, num_stages, programs for each multiprocessor)."""
+    sizes = [(64, 4, 3, 1), (64, 4, 3, 2), (64, 4, 3, 4), (64, 4, 3, 8), (64, 4, 2, 2), (64, 4, 2, 3), (64, 2, 3, 2)]
+    sizes += [(64, 2, 2, 3), (64, 8, 3, 2), (128, 8, 2, 2), (128, 8, 3, 1), (32, 2, 3, 4), (32, 2, 4, 3), (32, 4, 3, 4)]
+    return [DecodeConfig(*size) for size in sizes]
 
 
 def prefill_candidates() -> list[PrefillConfig]:
@@ -105,8 +109,7 @@ def prefill_candidates() -> list[PrefillConfig]:
 def label(config: Config) -> str:
     """Short form of a configuration."""
     if isinstance(config, DecodeConfig):
-        sizes = f"split {config.split} n{config.block_n} w{config.num_warps} s{config.num_stages}"
-        return f"{sizes} p{config.programs}"
+        return f"n{config.block_n} w{config.num_warps} s{config.num_stages} p{config.programs}"
     sizes = f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages}"
     return sizes if config.registers is None else f"{sizes} r{config.registers}"
 
@@ -128,7 +131,6 @@ class Batch:
             self.tables[copy, :, :longest] = ids[used : used + rows * longest].view(rows, longest)  # type: ignore[index]
             used += rows * longest
         self.lens = torch.tensor(shape.lens, dtype=torch.int32, device=device)
-        self.order = self.lens.argsort(descending=True).int()
         self.starts = torch.tensor([0, *shape.lens], device=device).cumsum(0).to(torch.int32)
         tokens = sum(shape.lens) if shape.prefill else rows
         self.query = torch.empty(tokens, shape.heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
@@ -141,7 +143,7 @@ class Batch:
         scale = HEAD_DIM**-0.5
         if isinstance(config, PrefillConfig):
             return _launch_paged_prefill_attention(*args, self.starts, scale, 0, config=config)
-        return _launch_paged_attention(*args, scale, 0, self.order, config=config)
+        return _launch_paged_attention(*args, scale, 0, config=config)
 
     def expected(self) -> Tensor:
         """What call 0 should give."""
@@ -181,8 +183,7 @@ def cases(batches: Sequence[Shape], configs: Sequence[Config]) -> list[tuple[Sha
         for config in configs:
             key: tuple[object, ...] = config, shape.heads, len(shape.lens) == 1, len(shape.lens) % 16 == 0
             if isinstance(config, DecodeConfig):
-                whole = config.programs < 2 * len(shape.lens) * KV_HEADS
-                key = replace(config, programs=1), shape.heads, whole
+                key = replace(config, programs=1), *key[1:]
             unique.setdefault(key, (shape, config))
     return list(unique.values())
 
@@ -274,8 +275,7 @@ def main() -> None:
     torch.manual_seed(0)
     pool = torch.empty(2, POOL_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16).normal_()
     if arguments.only != "prefill":
-        few, many = (label(decode_config(HEAD_DIM, 2, MAX_BLOCKS * BLOCK_SIZE, rows * KV_HEADS)) for rows in (1, 256))
-        print(f"decode; default {few} for few rows, {many} for many")
+        print(f"decode; default {label(decode_config(HEAD_DIM, 2))}")
         sweep(decode, decode_candidates(), pool, arguments.all)
     if arguments.only != "decode":
         print(f"prefill; default {label(prefill_config(HEAD_DIM, 2))}")

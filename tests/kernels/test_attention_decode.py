@@ -5,14 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mini_infer.kernels import paged_attention
-from mini_infer.kernels.attention_decode import (
-    SPLIT_TOKENS,
-    DecodeConfig,
-    _launch_paged_attention,
-    decode_config,
-    paged_attention_reference,
-)
+from mini_infer.kernels import attention_decode, attention_decode_cpu, paged_attention
+from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
+from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -51,10 +46,11 @@ def test_shapes(backend, make_cache, assert_close, heads, kv_heads, head_dim, bl
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 300])
-def test_splits_and_window(backend, make_cache, assert_close, window):
-    """Contexts on both sides of a split boundary; the grid is made for a longer one than any row has."""
-    lens = [SPLIT_TOKENS, SPLIT_TOKENS + 1, 2 * SPLIT_TOKENS + 40, 3]
-    cache = make_cache(lens, 1, 64, 16, torch.float32, backend.device, max_blocks=4 * SPLIT_TOKENS // 16)
+def test_tiles_and_window(backend, make_cache, assert_close, window):
+    """Contexts on both sides of a tile boundary, under a table that is wider than any row needs."""
+    tile = decode_config(64, 4).block_n
+    lens = [tile, tile + 1, 2 * tile + 40, 3]
+    cache = make_cache(lens, 1, 64, 16, torch.float32, backend.device, max_blocks=4 * tile // 16)
     query = torch.randn(len(lens), 3, 64, device=backend.device)
     assert_close("out", run(backend, query, cache, window=window), expected_attention(query, cache, window=window))
 
@@ -79,78 +75,90 @@ def test_noise_beyond_the_context_changes_nothing(backend, make_cache):
     assert torch.equal(run(backend, query, cache), out)
 
 
-def test_row_does_not_depend_on_the_batch(backend, make_cache):
-    """Alone, in a batch and under a wider table: bit-equal in Triton, close on the CPU."""
+def test_row_in_any_batch(backend, make_cache, assert_close):
+    """Alone, in a batch and under a wider table: the same result, to the bit if the same batch is run again."""
     lens = [300, 3, 77]
     cache = make_cache(lens, 1, 64, 16, torch.float32, backend.device, max_blocks=40)
     query = torch.randn(3, 3, 64, device=backend.device)
     together = run(backend, query, cache)
+    assert torch.equal(together, run(backend, query, cache))
     for seq in range(3):
-        narrow = 20 if seq != 0 else 33
-        args = cache.key_cache, cache.value_cache, cache.block_tables[seq : seq + 1, :narrow]
-        lens_alone = cache.context_lens[seq : seq + 1]
-        if backend.name == "interpreter":
-            alone = _launch_paged_attention(query[seq : seq + 1], *args, lens_alone, 0.125, 0)
-        else:
-            alone = paged_attention(query[seq : seq + 1], *args, lens_alone)
-        if backend.name == "cpu":
-            torch.testing.assert_close(alone, together[seq : seq + 1])
-        else:
-            assert torch.equal(alone, together[seq : seq + 1])
+        narrow = replace(
+            cache,
+            block_tables=cache.block_tables[seq : seq + 1, : 20 if seq != 0 else 33],
+            context_lens=cache.context_lens[seq : seq + 1],
+        )
+        alone = run(backend, query[seq : seq + 1], narrow)
+        assert_close(f"row {seq}", alone, together[seq : seq + 1].double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [0, 70])
-def test_programs_do_not_change_a_row(backend, make_cache, assert_close, window, dtype):
-    """A program for every split, for every second one, and one for all, which merges them itself: bit-equal."""
+@pytest.mark.parametrize(
+    "lens",
+    [(1,), (200,), (1, 32, 33, 64, 200), (16,) * 9, (300, 1, 1, 1, 1, 1, 7), tuple(range(40, 1, -3))],
+    ids=lambda lens: f"{len(lens)} rows",
+)
+def test_however_the_work_is_dealt_out(backend, make_cache, assert_close, lens, window, dtype):
+    """One program for all of it, one for each tile, more programs than tiles, stretches that end anywhere."""
     if backend.name == "cpu":
         pytest.skip("Triton's way to share out the work")
-    lens = [1, 32, 33, 64, 200]
-    cache = make_cache(lens, 2, 64, 16, dtype, backend.device, max_blocks=14)
+    cache = make_cache(list(lens), 2, 64, 16, dtype, backend.device, max_blocks=20)
     query = torch.randn(len(lens), 6, 64, device=backend.device).to(dtype)
     args = query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens, 0.125, window
-    outs = []
-    for programs in (1, 20, 40, 1000):
-        config = DecodeConfig(split=32, block_n=16, num_warps=4, num_stages=2, programs=programs)
-        outs.append(_launch_paged_attention(*args, config=config))
-    assert_close("out", outs[0], expected_attention(query, cache, window=window))
-    order = torch.tensor([3, 1, 0, 4, 2], dtype=torch.int32, device=backend.device)
-    config = DecodeConfig(split=32, block_n=16, num_warps=4, num_stages=2, programs=1)
-    outs.append(_launch_paged_attention(*args, order, config=config))
-    for out in outs[1:]:
-        assert torch.equal(out, outs[0])
+    expected = expected_attention(query, cache, window=window)
+    tiles = 2 * sum(-(-length // 16) for length in lens)
+    for programs in sorted({1, 3, max(1, tiles - 1), tiles, tiles + 5}):
+        config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs=programs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_decode, "multiprocessors", lambda device: 1)
+            out = _launch_paged_attention(*args, config=config)
+        assert_close(f"{programs} programs", out, expected)
 
 
-def test_config_is_checked():
-    with pytest.raises(ValueError, match="multiple of block_n 64, got 96"):
-        DecodeConfig(split=96, block_n=64, num_warps=4, num_stages=2, programs=1)
+def test_config():
     for head_dim in (8, 64, 80, 128, 256):
         for element_size in (2, 4):
-            few, many = (decode_config(head_dim, element_size, 16384, programs) for programs in (1, 4096))
-            assert few.split == SPLIT_TOKENS
-            assert replace(few, num_stages=many.num_stages) == many
-    assert decode_config(128, 2, 131072, 1).split == 512  # no more pieces than a fixed number
+            config = decode_config(head_dim, element_size)
+            assert config.block_n >= 16 and config.block_n & (config.block_n - 1) == 0
+            assert config.block_n * head_dim * element_size <= 16 << 10
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_row_does_not_depend_on_a_large_batch(make_cache, dtype):
-    """A row alone, in a batch and in a larger one: its splits go to many programs, to few, to one."""
+def test_ragged_rows(make_cache, assert_close, dtype):
+    """One long row among many short ones, more rows than fit the smallest kernel, and a part of them."""
     lens = [4000, 1, 256, 700] + [40] * 300
     cache = make_cache(lens, 4, 128, 16, dtype, torch.device("cuda"))
     query = torch.randn(len(lens), 16, 128, device="cuda").to(dtype)
     caches = cache.key_cache, cache.value_cache
-    together = paged_attention(query, *caches, cache.block_tables, cache.context_lens)
-    for rows in (1, 4, 60, 100):
+    for rows in (1, 4, 60, 304):
         part = paged_attention(query[:rows], *caches, cache.block_tables[:rows], cache.context_lens[:rows])
-        assert torch.equal(part, together[:rows])
+        assert_close(f"{rows} rows", part, expected_attention(query, cache)[:rows])
+
+
+@pytest.mark.gpu
+def test_replay_follows_the_lengths(make_cache, assert_close):
+    """One captured graph serves any lengths: its programs find their work in device memory."""
+    cache = make_cache([900, 30, 512, 64], 2, 128, 16, torch.bfloat16, torch.device("cuda"))
+    query = torch.randn(4, 8, 128, device="cuda").bfloat16()
+    lens = cache.context_lens.clone()
+    graph = torch.cuda.CUDAGraph()
+    args = query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens
+    paged_attention(*args)
+    with torch.cuda.graph(graph):
+        out = paged_attention(*args)
+    for shortened in (lens, torch.ones_like(lens), lens // 2 + 1, torch.tensor([900, 1, 1, 64]), lens):
+        cache.context_lens.copy_(shortened)
+        graph.replay()
+        keys = [key[:length] for key, length in zip(cache.keys, shortened.tolist(), strict=True)]
+        values = [value[:length] for value, length in zip(cache.values, shortened.tolist(), strict=True)]
+        assert_close("out", out, expected_attention(query, replace(cache, keys=keys, values=values)))
 
 
 def test_cpu_groups_ragged_rows(make_cache, assert_close, monkeypatch):
     """The CPU path cuts a large batch into groups of similar length."""
-    from mini_infer.kernels import attention_decode
-
-    monkeypatch.setattr(attention_decode, "_CPU_GATHER_ELEMENTS", 5000)
+    monkeypatch.setattr(attention_decode_cpu, "_GATHER_ELEMENTS", 5000)
     cache = make_cache([3, 90, 16, 1, 40, 41, 17], 2, 64, 16, torch.float32, torch.device("cpu"))
     query = torch.randn(7, 4, 64)
     for window in (0, 10):

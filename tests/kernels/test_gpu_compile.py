@@ -49,7 +49,6 @@ kv_store._launch_store_kv(k, k, cache, cache, slots)
 for window in (0, 100):
     attention_decode._launch_paged_attention(q, cache, cache, tables, lens, 0.1, window)
     attention_prefill._launch_paged_prefill_attention(q, cache, cache, tables, lens, ints(0, 1, 2, 3, 4), 0.1, window)
-attention_decode._launch_paged_attention(q[:1], cache, cache, tables[:1, :4], lens[:1], 0.1, 0)  # one split
 attention_prefill._launch_paged_prefill_attention(q[:1], cache, cache, tables[:1], lens[:1], ints(0, 1), 0.1, 0)
 for dtype, dim in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 128), (torch.bfloat16, 256)):
     q, cache = torch.randn(4, 6, dim).to(dtype), torch.randn(9, 2, 16, dim).to(dtype)

@@ -57,7 +57,7 @@ def op_arguments(device, num_seqs=3, heads=4, kv_heads=2, head_dim=16, vocab=50)
             heads,
             1e-6,
         ),
-        "paged_attention": (q, *caches, tables, lens, 0.25, 0, ints([1, 0, 2])),
+        "paged_attention": (q, *caches, tables, lens, 0.25, 0),
         "paged_prefill_attention": (randn(8, heads, head_dim), *caches, tables, lens, ints([0, 3, 7, 8]), 0.25, 5),
         "silu_and_mul": (randn(num_seqs, 2 * hidden),),
         "sample": (
