@@ -24,6 +24,9 @@ from mini_infer.kernels.linear import add_linear, norm_linear
 from mini_infer.kernels.qkv_prologue import prepare_qkv
 from mini_infer.kernels.sampling import sample
 
+_MLP_ROWS = 4096
+"""Rows that go through an MLP at once: its activations are what a long prefill step needs most memory for."""
+
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(query [num_tokens, num_heads, head_dim], K cache, V cache, sliding window) -> like query."""
 
@@ -124,8 +127,10 @@ def _layers(
         )
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
         add_linear(hidden, attended.flatten(1), layer.o)
-        gated = norm_linear(hidden, layer.post_norm, spec.rms_norm_eps, layer.gate_up, gated=True)
-        add_linear(hidden, gated, layer.down)
+        for rows in hidden.split(_MLP_ROWS):
+            gated = norm_linear(rows, layer.post_norm, spec.rms_norm_eps, layer.gate_up, gated=True)
+            add_linear(rows, gated, layer.down)
+            del gated  # before the next rows need as much
 
 
 def _sample(

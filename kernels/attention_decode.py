@@ -10,11 +10,12 @@ token, whose K/V is already stored. A padded row is an ordinary row: length 1, t
 On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html), its work dealt
 out evenly as stream-K does it for products (Osama et al. 2023, https://arxiv.org/abs/2301.03598). The contexts of all
 rows and KV heads, cut into tiles of `block_n` tokens, form one long list; each of a fixed number of programs, about as
-many as the GPU runs at once, takes an equal stretch of it, wherever that begins and ends. So no program waits for a
-long row, none is left over for a last wave, and a program's loads run on from one row into the next. A tile holds the
-whole query group of one KV head; a program sums up the tiles of a row with an online softmax (Milakov & Gimelshein
-2018). A row that lies within one stretch is done then. Of the others each program leaves its part, and a second kernel
-merges a row's parts by their log-sum-exp, in order.
+many as the GPU runs at once, takes an equal stretch of it, wherever that begins and ends. (The change to another row or
+head counts as much as a tile: short rows take more of them.) So no program waits for a long row, none is left over for
+a last wave, and a program's loads run on from one row into the next. A tile holds the whole query group of one KV head;
+a program sums up the tiles of a row with an online softmax (Milakov & Gimelshein 2018). A row that lies within one
+stretch is done then. Of the others each program leaves its part, and a second kernel merges a row's parts by their
+log-sum-exp, in order.
 
 The grid depends on shapes only; every program works out its stretch from the lengths in device memory. Where rows are
 cut depends on all lengths, and with it the last bits of a row's result; the same batch gives the same bits.
@@ -74,6 +75,28 @@ def _first_tile(length, SLIDING_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _locate(at, counts, ends, num_kv_heads, BLOCK_ROWS: tl.constexpr):
+    """Where a unit of the list of all work lies. Each KV head of a row is a unit for the change to it, then its tiles.
+
+    Args:
+        at: The unit; past the last one is the row past the last.
+        counts: [BLOCK_ROWS] tiles of a KV head of each row.
+        ends: [BLOCK_ROWS] the unit after the row's last.
+
+    Returns:
+        (row, KV head, unit within it, tiles of everything before).
+    """
+    row = tl.sum((ends <= at).to(tl.int32), axis=0)
+    rows = tl.arange(0, BLOCK_ROWS)
+    count = tl.sum(tl.where(rows == row, counts, 0), axis=0)
+    offset = at - tl.max(tl.where(rows < row, ends, 0), axis=0)
+    kv_head = offset // (count + 1)
+    unit = offset % (count + 1)
+    tiles = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads + kv_head * count + tl.maximum(unit - 1, 0)
+    return row, kv_head, unit, tiles
+
+
+@triton.jit
 def _block_ids(table, tile, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The blocks of a tile's tokens, [BLOCK_N]; the null block past the length, where the table may hold anything."""
     positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,22 +151,21 @@ def _attend_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     lengths = tl.load(context_len_ptr + rows, mask=rows < num_seqs, other=0).to(tl.int32)
     counts = tl.cdiv(lengths, BLOCK_N) - _first_tile(lengths, SLIDING_WINDOW, BLOCK_N)  # tiles of a row's KV head
-    ends = tl.cumsum(counts, axis=0) * num_kv_heads
-    num_tiles = tl.max(ends, axis=0)
+    ends = tl.cumsum(tl.where(rows < num_seqs, counts + 1, 0), axis=0) * num_kv_heads
+    num_units = tl.max(ends, axis=0)
     program = tl.program_id(0)
-    programs = tl.minimum(tl.num_programs(0), num_tiles)  # those that find a tile to do: the first ones
-    if program >= programs:
+    programs = tl.minimum(tl.num_programs(0), num_units)  # those that get something: the first ones
+    begin = (program.to(tl.int64) * num_units // programs).to(tl.int32)
+    end = ((program.to(tl.int64) + 1) * num_units // programs).to(tl.int32)
+    row, kv_head, unit, begin_tile = _locate(begin, counts, ends, num_kv_heads, BLOCK_ROWS)
+    _, _, _, end_tile = _locate(end, counts, ends, num_kv_heads, BLOCK_ROWS)
+    if (program >= programs) | (begin_tile == end_tile):
         wait(DEPENDENT)
         tl.store(left_ptr + 2 * program, -1)
         return
-    begin = (program.to(tl.int64) * num_tiles // programs).to(tl.int32)
-    end = ((program.to(tl.int64) + 1) * num_tiles // programs).to(tl.int32)
-    row = tl.sum((ends <= begin).to(tl.int32), axis=0)
     length = tl.load(context_len_ptr + row).to(tl.int32)
     first = _first_tile(length, SLIDING_WINDOW, BLOCK_N)
-    offset = begin - tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads
-    kv_head = offset // (tl.cdiv(length, BLOCK_N) - first)
-    tile = first + offset % (tl.cdiv(length, BLOCK_N) - first)
+    tile = first + tl.maximum(unit - 1, 0)
     block = _block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
     length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
     if DEPENDENT:
@@ -165,7 +187,7 @@ def _attend_kernel(
     group_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     at = query_ptr + group[:, None] * q_stride_head + dims[None, :]
     query = _query(at, row, kv_head, q_stride_seq, q_stride_head, group_mask, GROUP, UPCAST_DOT)
-    for index in range(begin, end):
+    for index in range(begin_tile, end_tile):
         positions = tile * BLOCK_N + columns
         visible = positions < length
         if SLIDING_WINDOW > 0:
@@ -190,7 +212,7 @@ def _attend_kernel(
         highest = new_highest
 
         ends_row = (tile + 1) * BLOCK_N >= length
-        if ends_row | (index + 1 == end):
+        if ends_row | (index + 1 == end_tile):
             result = acc / total[:, None]
             if own & ends_row:
                 out = out_ptr + ((row.to(tl.int64) * num_kv_heads + kv_head) * GROUP + group) * HEAD_DIM
@@ -201,8 +223,8 @@ def _attend_kernel(
                 tl.store(lse_ptr + part, highest + tl.log2(total), mask=group < GROUP)
                 if own:
                     left_item = row * num_kv_heads + kv_head
-                    row_end = end + tl.cdiv(length, BLOCK_N) - tile - 1  # in the list of all tiles
-                    last_program = ((row_end.to(tl.int64) * programs - 1) // num_tiles).to(tl.int32)
+                    last_unit = end + tl.cdiv(length, BLOCK_N) - tile - 2
+                    last_program = (((last_unit.to(tl.int64) + 1) * programs - 1) // num_units).to(tl.int32)
             highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_GROUP], tl.float32)
             acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
@@ -218,7 +240,7 @@ def _attend_kernel(
         tile = tl.where(ends_row, _first_tile(length, SLIDING_WINDOW, BLOCK_N), tile + 1)
         block = _block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
         length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
-        if ends_row & (index + 1 < end):
+        if ends_row & (index + 1 < end_tile):
             query = _query(at, row, kv_head, q_stride_seq, q_stride_head, group_mask, GROUP, UPCAST_DOT)
     tl.store(left_ptr + 2 * program, left_item)
     tl.store(left_ptr + 2 * program + 1, last_program)
@@ -237,28 +259,38 @@ def _merge_kernel(
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
-    wait(DEPENDENT)
     program = tl.program_id(0)
+    head = tl.program_id(1)  # of the group
+    dims = tl.arange(0, BLOCK_DIM)
+    offsets = tl.arange(0, AT_ONCE)
+    part = (2 * (program + offsets) + (offsets == 0).to(tl.int32)) * GROUP + head  # [AT_ONCE]
+    exists = program + offsets < tl.num_programs(0)
+    wait(DEPENDENT)
+    # The first parts are loaded before it is known whether anything is to be merged, and how many: one wait, not two.
     item = tl.load(left_ptr + 2 * program)
+    last = tl.load(left_ptr + 2 * program + 1)
+    lse = tl.load(lse_ptr + part, mask=exists, other=float("-inf"))
+    parts = tl.load(
+        part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None] & (dims < HEAD_DIM)[None, :]
+    )
     if item < 0:
         return
-    last = tl.load(left_ptr + 2 * program + 1)
-    dims = tl.arange(0, BLOCK_DIM)
-    head = tl.program_id(1)  # of the group
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_DIM], tl.float32)
     for start in range(program, last + 1, AT_ONCE):
-        others = start + tl.arange(0, AT_ONCE)
-        part = (2 * others + (others == program).to(tl.int32)) * GROUP + head  # [AT_ONCE]
-        lse = tl.load(lse_ptr + part, mask=others <= last, other=float("-inf"))
-        mask = (others <= last)[:, None] & (dims < HEAD_DIM)[None, :]
-        parts = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        if start > program:
+            part = 2 * (start + offsets) * GROUP + head
+            lse = tl.load(lse_ptr + part, mask=start + offsets <= last, other=float("-inf"))
+            mask = (start + offsets <= last)[:, None] & (dims < HEAD_DIM)[None, :]
+            parts = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=mask)
+        belongs = start + offsets <= last
+        lse = tl.where(belongs, lse, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(lse, axis=0))
         weights = tl.exp2(lse - new_highest)  # [AT_ONCE]
         rescale = tl.exp2(highest - new_highest)
         total = total * rescale + tl.sum(weights, axis=0)
-        acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
+        acc = acc * rescale + tl.sum(tl.where(belongs[:, None], parts * weights[:, None], 0.0), axis=0)
         highest = new_highest
     out = out_ptr + (item.to(tl.int64) * GROUP + head) * HEAD_DIM
     tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -83,12 +83,14 @@ def shapes(model: str, prefill: bool) -> list[Shape]:
 
 
 def ragged(rows: int) -> tuple[int, ...]:
-    """Contexts while a batch drains: 256 requests of 100 to 1024 prompt and output tokens began together, and this many
-    are left."""
+    """Contexts while a batch drains: 256 requests of 100 to 1024 prompt and output tokens began together, and some of
+    them are left, in a bucket of this many rows: one in eight is a padded one."""
     rng = random.Random(0)
     requests = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
-    steps = sorted(outputs for _, outputs in requests)[256 - rows] - 1
-    return tuple(prompt + steps for prompt, outputs in requests if outputs > steps)[:rows]
+    left = rows - rows // 8
+    steps = sorted(outputs for _, outputs in requests)[256 - left] - 1
+    contexts = [prompt + steps for prompt, outputs in requests if outputs > steps]
+    return (*contexts[:left], *[1] * (rows - left))
 
 
 def decode_candidates() -> list[DecodeConfig]:

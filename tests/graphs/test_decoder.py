@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mini_infer.graphs import decoder
 from mini_infer.graphs.decoder import decode_step, prefill_step
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
@@ -240,6 +241,13 @@ def test_noise_that_is_nobodys(weights: Weights, step: Step, slots: set[tuple[in
 
 
 @torch.inference_mode()
+def test_an_mlp_in_pieces(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with more rows than go through an MLP at once gives what one with fewer gives."""
+    expected = run_prefill(weights, noisy_cache(weights.spec))
+    monkeypatch.setattr(decoder, "_MLP_ROWS", 10)
+    assert_same(run_prefill(weights, noisy_cache(weights.spec)), expected)
+
+
 def test_rows_in_any_order(weights: Weights) -> None:
     """A sequence's token depends on its own row's content, not on where the row is or who is beside it."""
     expected = run_decode(weights, noisy_cache(weights.spec))
