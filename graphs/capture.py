@@ -24,6 +24,9 @@ class GraphSet:
     than its tokens, so the smaller ones find their memory in the pool already. All of it runs on padded rows and
     padding tokens, which touch nothing but the null block.
 
+    The workspaces that cuBLAS keeps for a stream are made anew while capturing, so that they come out of the graphs'
+    pool and live as long as it does: those made outside could be taken away by whoever clears them next.
+
     Args:
         model: The model and its memory, whose addresses the graphs bake in.
         decode_sizes: Decode buckets.
@@ -72,11 +75,11 @@ class GraphSet:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream), _no_garbage_collection():
             warm_up_seconds = self._warm_up(model.few_layers(), steps)
-            torch.cuda.empty_cache()
+            _clear_workspaces()
             for kind, bucket in steps:
                 self._capture(model, kind, bucket, warm_up_seconds[kind, bucket])
                 progress()
-        torch.cuda.empty_cache()
+        _clear_workspaces()
         self.bytes = max(0, free - self._free_bytes())
 
     def sizes(self, kind: StepKind) -> frozenset[int]:
@@ -162,6 +165,12 @@ def _prefill_buffers(
         )
         storage = storage if storage is not None else buffers[bucket].storage
     return buffers
+
+
+def _clear_workspaces() -> None:
+    """Forget cuBLAS's workspaces, and give what is free back to the GPU."""
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mini_infer.buckets import DENSE_DECODE, BucketTable
 from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.params import Params
 from mini_infer.machine_plan import MachinePlan, worthwhile
+from mini_infer.memory.plan import MemoryPlan
 from mini_infer.runner import ModelRunner
 from mini_infer.shape import Shape
 from mini_infer.step import CaptureRecord, StepKind
@@ -97,7 +98,6 @@ class RunnerBuilder:
         workspace = torch.cuda.max_memory_allocated(device) - before
         graphs = self._estimate_graphs(trial) if shape.captures else 0
         del trial
-        torch._C._cuda_clearCublasWorkspaces()  # those of the trial's streams, which nobody will use again
         torch.cuda.empty_cache()
         left, _ = torch.cuda.mem_get_info(device)
         return StepMemory(workspace, graphs, loaded=max(0, free - left))
@@ -112,13 +112,28 @@ class RunnerBuilder:
         num_graphs = {StepKind.DECODE: len(shape.decode_sizes), StepKind.PREFILL: len(shape.prefill_sizes)}
         return extrapolate_bytes(graphs.ledger, graphs.bytes, num_graphs)
 
-    def measure_costs(self, runner: ModelRunner, memory: StepMemory, graphs: GraphSet | None) -> MachinePlan:
+    @property
+    def blocks_to_measure(self) -> int:
+        """KV cache blocks that measuring makes use of, at most: steps over fewer of them seem cheaper than they are."""
+        shape = self._shape
+        prompts = -(-shape.max_prefill_tokens // shape.config.block_size) + shape.config.max_prefill_seqs
+        return max(prompts, CONTEXT_TOKENS // shape.config.block_size + 2 * CONTEXT_ROWS)
+
+    def covers(self, stored: MachinePlan, plan: MemoryPlan) -> bool:
+        """Whether what was measured on an earlier start says all that this one must know, with its memory plan."""
+        knows_swap = stored.swap_ms_per_block is not None or not plan.num_cpu_blocks
+        return knows_swap and stored.measured_blocks >= min(plan.num_gpu_blocks, self.blocks_to_measure)
+
+    def measure_costs(
+        self, runner: ModelRunner, memory: StepMemory, graphs: GraphSet | None, num_gpu_blocks: int
+    ) -> MachinePlan:
         """Time the buckets. Of captured ones, those that do not earn their place are dropped, if no user listed them.
 
         Args:
             runner: Where to run them.
             memory: What the steps take, as measured.
             graphs: The captured steps; None if there are none.
+            num_gpu_blocks: Blocks of the runner's KV cache.
         """
         shape = self._shape
         decode_ms, prefill_ms = self._time_buckets(runner, graphs is not None)
@@ -141,6 +156,7 @@ class RunnerBuilder:
             prefill_ms={size: ms for size, ms in prefill_ms.items() if size in prefill_sizes},
             swap_ms_per_block=runner.measure_swap(),
             context_ms_per_token=self._measure_context(runner, decode_sizes),
+            measured_blocks=min(num_gpu_blocks, self.blocks_to_measure),
         )
 
     def _time_buckets(self, runner: ModelRunner, captured: bool) -> tuple[dict[int, float], dict[int, float]]:

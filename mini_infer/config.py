@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mini_infer.exceptions import ConfigError
+from mini_infer.sampling import MAX_SEED
 
 DTYPES = ("float16", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -95,7 +96,7 @@ class EngineConfig:
             _check_text("tokenizer", self.tokenizer)
         for name in ("max_num_seqs", "max_prefill_seqs"):
             _check_int(name, getattr(self, name), low=1)
-        _check_int("seed", self.seed, low=0)
+        _check_int("seed", self.seed, low=0, high=MAX_SEED)
         for name in ("max_model_len", "num_gpu_blocks", "max_prefill_tokens", "steps_in_flight"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), low=1)
@@ -146,11 +147,13 @@ def _check_text(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a non-empty string, got {value!r}")
 
 
-def _check_int(name: str, value: object, *, low: int) -> None:
+def _check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be an integer, got {value!r}")
     if value < low:
         raise ConfigError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ConfigError(f"{name} must be at most {high}, got {value}")
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -21,6 +21,8 @@ from mini_infer.kernels.linear_plan import LinearPlan
 
 INDEX_NAME = "model.safetensors.index.json"
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+IGNORED_PATTERNS = ["consolidated*"]
+"""The same weights once more, in another format, that some repositories hold beside the usual ones."""
 DUMMY_STD = 0.02
 
 GetTensor = Callable[[str, tuple[int, ...]], Tensor]
@@ -64,7 +66,7 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
 
     patterns = DOWNLOAD_PATTERNS if weights else [p for p in DOWNLOAD_PATTERNS if p != "*.safetensors"]
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns), ignore_patterns=IGNORED_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFoundError(
             f"no model {name_or_path!r}: there is no local folder of that name, and the Hugging Face hub did not "

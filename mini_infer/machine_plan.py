@@ -14,7 +14,7 @@ from pathlib import Path
 from mini_infer.exceptions import ConfigError
 
 PlanKey = Mapping[str, str]
-"""Everything that the measurements depend on: model shape, options, GPU, driver, versions."""
+"""Everything that the measurements depend on: model shape, options, GPU, versions."""
 
 MIN_SAVING = 0.02
 """Share of a step's cost that a bucket must save to be worth its graph: less is within what a step's time varies by."""
@@ -33,6 +33,7 @@ class MachinePlan:
         prefill_ms: Milliseconds of a prefill step by measured bucket.
         swap_ms_per_block: Milliseconds to move one block one way; None without swap space.
         context_ms_per_token: Milliseconds that each token of the rows' contexts adds to a decode step.
+        measured_blocks: KV cache blocks that were there to measure on, as far as more would have been of use.
     """
 
     workspace_bytes: int
@@ -43,6 +44,7 @@ class MachinePlan:
     prefill_ms: dict[int, float]
     swap_ms_per_block: float | None
     context_ms_per_token: float
+    measured_blocks: int
 
 
 class PlanStore:
@@ -76,6 +78,7 @@ class PlanStore:
                 prefill_ms=_costs(plan["prefill_ms"]),
                 swap_ms_per_block=plan["swap_ms_per_block"],
                 context_ms_per_token=_added_cost(plan["context_ms_per_token"]),
+                measured_blocks=int(plan["measured_blocks"]),
             )
         except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
             return None  # a plan that cannot be read is measured again

@@ -26,7 +26,7 @@ class SamplingParams:
         top_p: Keep the smallest set of most likely tokens whose probability reaches this. In (0, 1].
         top_k: Keep the ``top_k`` most likely tokens; -1 keeps all.
         min_p: Drop tokens less likely than ``min_p`` times the most likely one. In [0, 1].
-        seed: Seed of this request's draws. The same seed gives the same tokens whatever else is in the batch.
+        seed: Seed of this request's draws. The draws of a seed are the same whatever else is in the batch.
             None takes one from the engine's seed and the request's number.
         max_tokens: Generate at most this many tokens. At least 1.
         ignore_eos: Do not stop at the model's end-of-sequence tokens.

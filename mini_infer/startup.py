@@ -87,6 +87,8 @@ def _assemble(config: EngineConfig) -> EngineParts:
     shape = Shape.of(config, files.spec)
     log_dtype(shape)
     clock.mark("config")
+    if shape.device.type == "cuda":
+        torch.cuda.empty_cache()  # what an engine before this one left would be counted as weights
     params, tokenizer = _load(shape, files, clock)
     builder = RunnerBuilder(shape, params)
     stored = load_machine_plan(shape)
@@ -96,6 +98,8 @@ def _assemble(config: EngineConfig) -> EngineParts:
         weights = torch.cuda.memory_reserved(shape.device)  # what the allocator rounds up is gone, too
         memory = builder.measure_memory() if stored is None else StepMemory(stored.workspace_bytes, stored.graph_bytes)
     plan = divide_memory(shape, weights=weights, workspace=memory.workspace, graphs=memory.graphs)
+    if stored is not None and not builder.covers(stored, plan):
+        stored = None
     clock.mark("memory")
     runner = builder.build(plan.num_gpu_blocks, plan.num_cpu_blocks)
     clock.mark("kv cache")
@@ -107,7 +111,7 @@ def _assemble(config: EngineConfig) -> EngineParts:
     clock.mark("capture")
     machine_plan = stored
     if machine_plan is None and config.measure_costs:
-        machine_plan = builder.measure_costs(runner, memory, graphs)
+        machine_plan = builder.measure_costs(runner, memory, graphs, plan.num_gpu_blocks)
         _keep(shape, machine_plan)
     elif stored is not None and graphs is not None and graphs.bytes > stored.graph_bytes:
         _keep(shape, replace(stored, graph_bytes=graphs.bytes))

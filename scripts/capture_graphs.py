@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         model=shape_folder(arguments.model),
         dtype=arguments.dtype,
         max_num_seqs=arguments.max_num_seqs,
+        max_prefill_tokens=arguments.max_prefill_tokens,
+        max_prefill_seqs=arguments.max_prefill_seqs,
         max_model_len=arguments.max_model_len,
         block_size=arguments.block_size,
         load_format=arguments.load_format,
@@ -61,13 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check and kept is None:
         print(f"no plan is kept for this model, configuration and machine ({store.path(key)})")
         return 1
-    store.path(key).unlink(missing_ok=True)
-    try:
+    with TemporaryDirectory() as scratch:
+        if arguments.check:
+            os.environ["MINI_INFER_HOME"] = scratch  # measure as on a first start, and keep none of it
+        else:
+            store.path(key).unlink(missing_ok=True)
         with LLMEngine(config) as engine:
             stats = engine.stats()
-    finally:
-        if arguments.check and kept is not None:
-            store.save(key, kept)
     print_table(stats)
     print(f"\n{stats.startup.describe()}\n\n{stats.memory.describe()}")
     if arguments.plot:
@@ -161,6 +165,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face name, local folder, or a bundled shape")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights and KV cache")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences at once")
+    parser.add_argument("--max-prefill-tokens", type=int, help="most prompt tokens of one step")
+    parser.add_argument("--max-prefill-seqs", type=int, default=64, help="most prompts of one step")
     parser.add_argument("--max-model-len", type=int, help="most tokens of one sequence")
     parser.add_argument("--block-size", type=int, default=16, help="tokens per KV cache block")
     parser.add_argument("--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights")

@@ -196,6 +196,13 @@ def test_none_stands_for_the_default(name: str) -> None:
     assert getattr(make(**{name: None}), name) is None
 
 
+def test_the_largest_seed() -> None:
+    """What a 64-bit generator takes, as for a request's own."""
+    assert EngineConfig(model="x", seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(ConfigError, match="seed must be at most"):
+        EngineConfig(model="x", seed=2**63)
+
+
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_seqs", "block_size", "seed", "model"])
 def test_none_is_no_value_for_the_others(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} must be"):

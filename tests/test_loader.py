@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_the_stored_type_is_converted(folder: Path, stored: torch.dtype) -> None
     expected = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert params.embedding.dtype == torch.float32
     assert torch.equal(params.embedding, expected.float())
-    assert all(tensor.dtype == torch.float32 for tensor in leaves(params.layers[0].input_norm))
+    assert all(tensor.dtype == torch.float32 for tensor in leaves(params.layers))
 
 
 def test_rope_tables_reach_as_far_as_asked(models: Callable[[str], Path]) -> None:
@@ -388,11 +389,13 @@ def test_unknown_name_offline(name: str, tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_what_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights only when they are wanted, and never the pickled ones."""
+    """Weights only when they are wanted, and once: not the pickled ones, nor those in another layout."""
     asked: list[list[str]] = []
 
-    def fake(name: str, allow_patterns: list[str]) -> str:
+    def fake(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert name == "owner/name"
+        assert fnmatch("consolidated.00.safetensors", *ignore_patterns)
+        assert not fnmatch("model-00001-of-00002.safetensors", *ignore_patterns)
         asked.append(allow_patterns)
         return str(folder)
 

@@ -14,7 +14,7 @@ from mini_infer.exceptions import ConfigError
 from mini_infer.machine_plan import MachinePlan, PlanStore, worthwhile
 
 KEY = {"spec": "llama", "torch": "2.11", "max_num_seqs": "8"}
-PLAN = MachinePlan(1000, 2000, (1, 4, 8), (16, 512), {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125, 2e-5)
+PLAN = MachinePlan(1000, 2000, (1, 4, 8), (16, 512), {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125, 2e-5, 300)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_any_other_key_has_none(tmp_path: Path, name: str) -> None:
 def test_without_swap_space(tmp_path: Path) -> None:
     """No swap cost stays no swap cost."""
     store = PlanStore(tmp_path)
-    plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None, 0.0)
+    plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None, 0.0, 1)
     store.save(KEY, plan)
     assert store.load(KEY) == plan
 

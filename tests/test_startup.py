@@ -291,7 +291,7 @@ def test_coverage_is_by_the_cheapest_bucket(folder: Path) -> None:
 def test_the_ledger_has_what_steps_cost() -> None:
     """As measured after the capture, by kind and bucket; None where nothing was measured."""
     ledger = [CaptureRecord(kind, bucket, 0.1, 5) for kind in (StepKind.DECODE, StepKind.PREFILL) for bucket in (1, 2)]
-    plan = MachinePlan(0, 0, (1, 2), (1, 2), {1: 0.5, 2: 0.75}, {2: 3.0}, None, 0.0)
+    plan = MachinePlan(0, 0, (1, 2), (1, 2), {1: 0.5, 2: 0.75}, {2: 3.0}, None, 0.0, 10_000)
     assert [record.step_ms for record in with_costs(ledger, plan)] == [0.5, 0.75, None, 3.0]
     assert with_costs(ledger, None) == ledger
 
@@ -319,6 +319,28 @@ def test_default_buckets_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatc
         decode = [record for record in parts.graphs if record.kind is StepKind.DECODE]
         assert tuple(record.bucket for record in decode) == expected
         assert [record.step_ms for record in decode] == [parts.scheduler.decode_buckets.costs[r.bucket] for r in decode]
+
+
+@pytest.mark.parametrize(
+    ("swap_ms", "cpu_blocks", "measured", "gpu_blocks", "covered"),
+    [
+        (None, 0, 9, 9, True),
+        (None, 5, 9, 9, False),  # the earlier start had nothing to swap
+        (0.5, 5, 9, 9, True),
+        (0.5, 0, 9, 10, False),  # and fewer blocks, over which contexts and prompts were shorter
+        (0.5, 0, 10, 9, True),
+        (0.5, 0, 10_000, 1_000_000, True),  # more than measuring makes use of
+    ],
+)
+def test_what_an_earlier_start_measured(
+    folder: Path, swap_ms: float | None, cpu_blocks: int, measured: int, gpu_blocks: int, covered: bool
+) -> None:
+    """It counts if it says all that this start must know."""
+    params: Any = None
+    builder = RunnerBuilder(Shape.of(config_of(folder)), params)
+    stored = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, swap_ms, 0.0, measured)
+    plan = MemoryPlan("a GPU", 0, 0, 0, 0, 0, 1, gpu_blocks, cpu_blocks, block_size=16)
+    assert builder.covers(stored, plan) == covered
 
 
 def test_what_is_measured_reaches_the_scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Seeded benchmarks of the engine: the code behind ``mini-infer bench`` and ``scripts/bench_*.py``."""
+"""Seeded benchmarks of the engine: the code behind ``mini-infer bench`` and ``scripts/bench.py``."""

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from mini_infer.exceptions import MiniInferError
+
 _CHILD = """
 import json, os, sys, time
 begun = float(os.environ["MINI_INFER_BENCH_BEGUN"])
@@ -71,6 +73,7 @@ def _start(options: dict[str, Any], name: str, caches: str) -> StartupRow:
         [sys.executable, "-c", _CHILD, json.dumps(options)], env=environment, capture_output=True, text=True
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the process that was to start failed:\n{result.stderr[-2000:]}")
+        reason = next(reversed(result.stderr.strip().splitlines()), f"exit status {result.returncode}")
+        raise MiniInferError(f"the process that was to start failed: {reason}")
     answer = json.loads(result.stdout.strip().splitlines()[-1])
     return StartupRow(name, answer["wall"], answer["phases"])
