@@ -42,7 +42,7 @@ class SamplingRows:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The decode state of some rows. A padded row is token 0 at length 1, its table all null block.
+    """The decode state of some rows. A padded row is token 0 at length 0, its table all null block.
 
     Attributes:
         token_ids: [rows] int64, the token at hand, whose K/V the next step writes.
@@ -145,7 +145,6 @@ class DecodeState:
         line = self._mirror[row]
         line[1:] = 0
         line[1] = -1
-        line[_SEQ_LEN] = 1
         line[_TOP_K] = -1
         line[_FLOATS] = np.array((0.0, 1.0, 0.0), dtype=np.float32).view(np.int32)
         line[HEADER:] = NULL_BLOCK

@@ -4,8 +4,8 @@
 
 with k_j = key_cache[table[j // block_size], h // group, j % block_size], table = block_tables[s], group = num_heads /
 num_kv_heads. query: [num_seqs, num_heads, head_dim] float32, float16 or bfloat16; caches [num_blocks, num_kv_heads,
-block_size, head_dim]; block_tables [num_seqs, max_blocks]; context_lens [num_seqs], each >= 1 and counting the current
-token, whose K/V is already stored. A padded row is an ordinary row: length 1, table all null block.
+block_size, head_dim]; block_tables [num_seqs, max_blocks]; context_lens [num_seqs], counting the current token, whose
+K/V is already stored. Padded rows come last, have length 0 and give zeros.
 
 On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html), its work dealt
 out evenly as stream-K does it for products (Osama et al. 2023, https://arxiv.org/abs/2301.03598). The contexts of all
@@ -151,10 +151,10 @@ def _attend_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     lengths = tl.load(context_len_ptr + rows, mask=rows < num_seqs, other=0).to(tl.int32)
     counts = tl.cdiv(lengths, BLOCK_N) - _first_tile(lengths, SLIDING_WINDOW, BLOCK_N)  # tiles of a row's KV head
-    ends = tl.cumsum(tl.where(rows < num_seqs, counts + 1, 0), axis=0) * num_kv_heads
+    ends = tl.cumsum(tl.where(lengths > 0, counts + 1, 0), axis=0) * num_kv_heads
     num_units = tl.max(ends, axis=0)
     program = tl.program_id(0)
-    programs = tl.minimum(tl.num_programs(0), num_units)  # those that get something: the first ones
+    programs = tl.maximum(tl.minimum(tl.num_programs(0), num_units), 1)  # those that get something: the first ones
     begin = (program.to(tl.int64) * num_units // programs).to(tl.int32)
     end = ((program.to(tl.int64) + 1) * num_units // programs).to(tl.int32)
     row, kv_head, unit, begin_tile = _locate(begin, counts, ends, num_kv_heads, BLOCK_ROWS)
@@ -251,7 +251,10 @@ def _merge_kernel(
     part_ptr,  # [programs, 2, GROUP, HEAD_DIM] float32
     lse_ptr,  # [programs, 2, GROUP] float32, base 2
     left_ptr,  # [programs, 2] int32
+    context_len_ptr,  # [num_seqs]
     out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous
+    num_seqs,
+    num_kv_heads,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -273,27 +276,31 @@ def _merge_kernel(
     parts = tl.load(
         part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None] & (dims < HEAD_DIM)[None, :]
     )
-    if item < 0:
-        return
-    highest = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_DIM], tl.float32)
-    for start in range(program, last + 1, AT_ONCE):
-        if start > program:
-            part = 2 * (start + offsets) * GROUP + head
-            lse = tl.load(lse_ptr + part, mask=start + offsets <= last, other=float("-inf"))
-            mask = (start + offsets <= last)[:, None] & (dims < HEAD_DIM)[None, :]
-            parts = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=mask)
-        belongs = start + offsets <= last
-        lse = tl.where(belongs, lse, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - new_highest)  # [AT_ONCE]
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, axis=0)
-        acc = acc * rescale + tl.sum(tl.where(belongs[:, None], parts * weights[:, None], 0.0), axis=0)
-        highest = new_highest
-    out = out_ptr + (item.to(tl.int64) * GROUP + head) * HEAD_DIM
-    tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    if item >= 0:
+        highest = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        acc = tl.zeros([BLOCK_DIM], tl.float32)
+        for start in range(program, last + 1, AT_ONCE):
+            if start > program:
+                part = 2 * (start + offsets) * GROUP + head
+                lse = tl.load(lse_ptr + part, mask=start + offsets <= last, other=float("-inf"))
+                mask = (start + offsets <= last)[:, None] & (dims < HEAD_DIM)[None, :]
+                parts = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=mask)
+            belongs = start + offsets <= last
+            lse = tl.where(belongs, lse, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(lse, axis=0))
+            weights = tl.exp2(lse - new_highest)  # [AT_ONCE]
+            rescale = tl.exp2(highest - new_highest)
+            total = total * rescale + tl.sum(weights, axis=0)
+            acc = acc * rescale + tl.sum(tl.where(belongs[:, None], parts * weights[:, None], 0.0), axis=0)
+            highest = new_highest
+        out = out_ptr + (item.to(tl.int64) * GROUP + head) * HEAD_DIM
+        tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    for row in range(program, num_seqs, tl.num_programs(0)):
+        if tl.load(context_len_ptr + row) == 0:
+            for kv_head in range(num_kv_heads):
+                out = out_ptr + ((tl.cast(row, tl.int64) * num_kv_heads + kv_head) * GROUP + head) * HEAD_DIM
+                tl.store(out + dims, tl.zeros([BLOCK_DIM], out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def _launch_paged_attention(
@@ -360,7 +367,10 @@ def _launch_paged_attention(
         parts,
         lse,
         left,
+        context_lens,
         out,
+        num_seqs,
+        num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
@@ -405,7 +415,8 @@ def paged_attention(
         key_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of query.
         value_cache: As key_cache.
         block_tables: [num_seqs, max_blocks] int32 or int64; entries past a row's length are never followed.
-        context_lens: [num_seqs] int32 or int64, tokens in the context, the current one included; each >= 1.
+        context_lens: [num_seqs] int32 or int64, tokens in the context, the current one included. Padded rows have 0,
+            come after all others, and give zeros.
         scale: Factor on the scores; 1 / sqrt(head_dim) when None.
         sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
 

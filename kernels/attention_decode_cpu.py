@@ -18,9 +18,11 @@ def paged_attention_reference(
     sliding_window: int = 0,
 ) -> Tensor:
     """Decode attention in plain torch, row by row."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     group = query.shape[1] // key_cache.shape[1]
     for row, length in enumerate(context_lens.tolist()):
+        if length == 0:
+            continue
         start = max(0, length - sliding_window) if sliding_window else 0
         blocks = block_tables[row, : -(-length // key_cache.shape[2])].long()
         key = (
@@ -42,6 +44,12 @@ def paged_attention_cpu(
     sliding_window: int,
 ) -> Tensor:
     """Rows of similar length together, scores block by block, so that K and V are copied once and never transposed."""
+    real = context_lens > 0
+    if not real.all():
+        out = torch.zeros(query.shape, dtype=query.dtype)
+        args = block_tables[real], context_lens[real], scale, sliding_window
+        out[real] = paged_attention_cpu(query[real], key_cache, value_cache, *args)
+        return out
     block_size = key_cache.shape[2]
     lens: list[int] = context_lens.tolist()
     num_blocks = [-(-length // block_size) for length in lens]

@@ -1,11 +1,11 @@
 """What a decode step does before its first layer and after its sampler, one kernel each.
 
-    embed_rows:    position = seq_len - 1;  slot = block_table[position // block_size] * block_size
+    embed_rows:    position = max(seq_len - 1, 0);  slot = block_table[position // block_size] * block_size
                    + position % block_size;  hidden = embedding[token_id]
     advance_rows:  token_id = sampled * active;  seq_len += active;  sampled and its log probability side by side
 
-A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 1 with a table of null
-blocks, and stays so: an ordinary row to `embed_rows`.
+A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 0 with a table of null
+blocks, and stays so.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -27,7 +27,7 @@ def embed_rows_reference(
     token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain torch."""
-    positions = seq_lens.long() - 1  # [rows]
+    positions = (seq_lens.long() - 1).clamp_(min=0)  # [rows]
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     slots = blocks * block_size + positions % block_size
     return F.embedding(token_ids, embedding), positions, slots
@@ -65,7 +65,7 @@ def _embed_rows_kernel(
     values = tl.load(embedding_ptr + token * embedding_stride + cols, mask=cols < HIDDEN)
     tl.store(hidden_ptr + row * HIDDEN + cols, values, mask=cols < HIDDEN)
     if tl.program_id(1) == 0:
-        position = tl.load(seq_len_ptr + row).to(tl.int64) - 1
+        position = tl.maximum(tl.load(seq_len_ptr + row).to(tl.int64) - 1, 0)
         block = tl.load(table_ptr + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
         tl.store(position_ptr + row, position)
         tl.store(slot_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -173,7 +173,7 @@ def embed_rows(
 
     Args:
         token_ids: [rows] int64, the token at hand of each row, within the embedding.
-        seq_lens: [rows] int32, tokens including the one at hand; at least 1.
+        seq_lens: [rows] int32, tokens including the one at hand; 0 for a padded row.
         block_tables: [rows, max_blocks] int32, wide enough for the lengths.
         embedding: [vocab_size, hidden_size].
         block_size: Tokens per KV cache block.

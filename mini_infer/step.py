@@ -88,7 +88,7 @@ class ExtendRow:
 
 @dataclass(frozen=True, slots=True)
 class ClearRow:
-    """Make a row a padded one: token 0 at length 1, its table all null block."""
+    """Make a row a padded one: token 0 at length 0, its table all null block."""
 
     row: int
 

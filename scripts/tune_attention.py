@@ -90,7 +90,7 @@ def ragged(rows: int) -> tuple[int, ...]:
     left = rows - rows // 8
     steps = sorted(outputs for _, outputs in requests)[256 - left] - 1
     contexts = [prompt + steps for prompt, outputs in requests if outputs > steps]
-    return (*contexts[:left], *[1] * (rows - left))
+    return (*contexts[:left], *[0] * (rows - left))
 
 
 def decode_candidates() -> list[DecodeConfig]:

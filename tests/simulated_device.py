@@ -81,7 +81,7 @@ class Row:
     """One row of the decode state; the defaults are those of a padded row."""
 
     token_id: int = 0
-    seq_len: int = 1
+    seq_len: int = 0
     table: list[int] = field(default_factory=list)
     sampling: SamplingParams | None = None
     seed: int = 0
@@ -212,7 +212,7 @@ class SimulatedDevice:
         for index, row in enumerate(self.rows):
             assert row.active == (index < num_seqs), "the active rows are not the first ones"
             if not row.active:
-                assert row == Row(), "a padded row is not token 0 at length 1 with an empty table"
+                assert row == Row(), "a padded row is not token 0 at length 0 with an empty table"
         assert len(set(outputs.request_ids)) == num_seqs
         for request_id, row in zip(outputs.request_ids, self.rows, strict=False):
             self._check_row(request_id, row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,23 @@ def test_swaps_change_no_token(tmp_path: Path, steps_in_flight: int) -> None:
         assert preemptions["recompute"] == 0
         assert (preemptions["swap"] > 0) == (num_gpu_blocks == 110)
     assert tokens[110] == tokens[8 * 40]
+
+
+def test_two_engines_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine goes on as before while another one starts beside it, measures, serves, and is shut down."""
+    monkeypatch.setenv("MINI_INFER_HOME", str(tmp_path / "home"))
+    save_tiny_tokenizer(tmp_path)
+    make_tiny_model("llama3-gqa", tmp_path)
+    options: dict[str, Any] = {"max_num_seqs": 8, "num_gpu_blocks": 80, "max_model_len": 160, "progress": False}
+    prompts = prompts_of(9)
+    with LLMEngine(EngineConfig(model=str(tmp_path), dtype="float32", **options)) as first:
+
+        def tokens() -> list[list[int]]:
+            return [output.token_ids for output in first.generate(prompts, sampling_params=GREEDY_64)]
+
+        expected = tokens()
+        with LLMEngine(EngineConfig(model=str(tmp_path), dtype="bfloat16", **options)) as second:
+            assert tokens() == expected
+            second.generate(prompts, sampling_params=GREEDY_64)
+            assert tokens() == expected
+        assert tokens() == expected

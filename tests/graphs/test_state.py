@@ -29,7 +29,7 @@ class Row:
     """One row as it should be; the defaults are a padded one."""
 
     token: int = 0
-    seq_len: int = 1
+    seq_len: int = 0
     table: tuple[int, ...] = (0,) * MAX_BLOCKS
     active: int = 0
     params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))

@@ -173,17 +173,19 @@ def test_cpu_groups_ragged_rows(make_cache, assert_close, monkeypatch):
         assert_close("out", out, expected_attention(query, cache, window=window))
 
 
-def test_padded_rows_are_ordinary_rows(backend, make_cache, assert_close):
-    cache = make_cache([20], 1, 64, 16, torch.float32, backend.device)
-    tables = torch.cat([cache.block_tables, torch.zeros_like(cache.block_tables)])
-    lens = torch.tensor([20, 1], dtype=torch.int32, device=backend.device)
-    query = torch.randn(2, 2, 64, device=backend.device)
-    if backend.name == "interpreter":
-        out = _launch_paged_attention(query, cache.key_cache, cache.value_cache, tables, lens, 0.125, 0)
-    else:
-        out = paged_attention(query, cache.key_cache, cache.value_cache, tables, lens)
-    assert_close("real row", out[:1], expected_attention(query[:1], cache))
-    assert torch.equal(out[1], cache.value_cache[0, :, 0].expand(2, 64))
+@pytest.mark.parametrize("num_padded", [1, 9, 300])
+def test_padded_rows_give_zeros(backend, make_cache, assert_close, num_padded):
+    """They take no part in sharing out the work, and whatever their tables name is not read."""
+    cache = make_cache([20, 70], 1, 64, 16, torch.float32, backend.device)
+    tables = torch.cat([cache.block_tables, cache.block_tables[:1].expand(num_padded, -1) + 2_000_000_000])
+    lens = torch.tensor([20, 70] + [0] * num_padded, dtype=torch.int32, device=backend.device)
+    query = torch.randn(2 + num_padded, 2, 64, device=backend.device)
+    padded = replace(cache, block_tables=tables, context_lens=lens)
+    out = run(backend, query, padded)
+    assert_close("real rows", out[:2], expected_attention(query[:2], cache))
+    assert not out[2:].any()
+    nobody = replace(padded, block_tables=tables[2:], context_lens=lens[2:])
+    assert not run(backend, query[2:], nobody).any()
 
 
 def test_reference(make_cache, assert_close):

@@ -15,7 +15,7 @@ def make_rows(num_rows, device):
     token_ids = torch.randint(0, 50, (num_rows,), generator=generator)
     seq_lens = torch.randint(1, 6 * BLOCK_SIZE + 1, (num_rows,), generator=generator).int()
     tables = torch.randint(1, 99, (num_rows, 6), generator=generator).int()
-    token_ids[-1], seq_lens[-1], tables[-1] = 0, 1, 0
+    token_ids[-1], seq_lens[-1], tables[-1] = 0, 0, 0
     active = torch.ones(num_rows, dtype=torch.int32)
     active[-1] = 0
     return [tensor.to(device) for tensor in (token_ids, seq_lens, tables, active)]
@@ -30,8 +30,9 @@ def test_embed_rows(backend, num_rows, hidden_size, dtype):
     hidden, positions, slots = run(token_ids, seq_lens, tables, embedding, BLOCK_SIZE)
     assert torch.equal(hidden, embedding[token_ids])
     for row, (length, table) in enumerate(zip(seq_lens.tolist(), tables.tolist(), strict=True)):
-        block, offset = divmod(length - 1, BLOCK_SIZE)
-        assert positions[row] == length - 1
+        position = max(length - 1, 0)
+        block, offset = divmod(position, BLOCK_SIZE)
+        assert positions[row] == position
         assert slots[row] == table[block] * BLOCK_SIZE + offset
 
 
@@ -44,7 +45,7 @@ def test_advance_rows(backend, num_rows):
     run = backend.pick(advance_rows, decode_frame._launch_advance_rows)
     packed = run(token_ids, seq_lens, active, sampled, logprobs)
     assert token_ids.tolist() == [*range(100, 100 + num_rows - 1), 0]
-    assert seq_lens.tolist() == [length + 1 for length in before[:-1]] + [1]
+    assert seq_lens.tolist() == [length + 1 for length in before[:-1]] + [0]
     assert packed.dtype == torch.int32
     assert packed[:, 0].tolist() == sampled.tolist()
     assert torch.equal(packed[:, 1].contiguous().view(torch.float32), logprobs)
