@@ -75,25 +75,27 @@ def _first_tile(length, SLIDING_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _locate(at, counts, ends, num_kv_heads, BLOCK_ROWS: tl.constexpr):
-    """Where a unit of the list of all work lies. Each KV head of a row is a unit for the change to it, then its tiles.
+def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr):
+    """Where a unit of the list of all work lies. Each KV head of a row is `change` units, then one for each tile.
 
     Args:
         at: The unit; past the last one is the row past the last.
         counts: [BLOCK_ROWS] tiles of a KV head of each row.
         ends: [BLOCK_ROWS] the unit after the row's last.
+        change: Units for the change to another row or head, 0 or 1.
 
     Returns:
-        (row, KV head, unit within it, tiles of everything before).
+        (row, KV head, tile within it, tiles of everything before).
     """
     row = tl.sum((ends <= at).to(tl.int32), axis=0)
     rows = tl.arange(0, BLOCK_ROWS)
     count = tl.sum(tl.where(rows == row, counts, 0), axis=0)
     offset = at - tl.max(tl.where(rows < row, ends, 0), axis=0)
-    kv_head = offset // (count + 1)
-    unit = offset % (count + 1)
-    tiles = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads + kv_head * count + tl.maximum(unit - 1, 0)
-    return row, kv_head, unit, tiles
+    units = tl.maximum(count + change, 1)
+    kv_head = offset // units
+    tile = tl.maximum(offset % units - change, 0)
+    before = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads
+    return row, kv_head, tile, before + kv_head * count + tile
 
 
 @triton.jit
@@ -151,21 +153,23 @@ def _attend_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     lengths = tl.load(context_len_ptr + rows, mask=rows < num_seqs, other=0).to(tl.int32)
     counts = tl.cdiv(lengths, BLOCK_N) - _first_tile(lengths, SLIDING_WINDOW, BLOCK_N)  # tiles of a row's KV head
-    ends = tl.cumsum(tl.where(lengths > 0, counts + 1, 0), axis=0) * num_kv_heads
+    # With no more tiles than programs each gets one at most, and nobody changes from row to row.
+    change = (tl.sum(counts, axis=0) * num_kv_heads > tl.num_programs(0)).to(tl.int32)
+    ends = tl.cumsum(tl.where(lengths > 0, counts + change, 0), axis=0) * num_kv_heads
     num_units = tl.max(ends, axis=0)
     program = tl.program_id(0)
     programs = tl.maximum(tl.minimum(tl.num_programs(0), num_units), 1)  # those that get something: the first ones
     begin = (program.to(tl.int64) * num_units // programs).to(tl.int32)
     end = ((program.to(tl.int64) + 1) * num_units // programs).to(tl.int32)
-    row, kv_head, unit, begin_tile = _locate(begin, counts, ends, num_kv_heads, BLOCK_ROWS)
-    _, _, _, end_tile = _locate(end, counts, ends, num_kv_heads, BLOCK_ROWS)
+    row, kv_head, tile, begin_tile = _locate(begin, counts, ends, change, num_kv_heads, BLOCK_ROWS)
+    _, _, _, end_tile = _locate(end, counts, ends, change, num_kv_heads, BLOCK_ROWS)
     if (program >= programs) | (begin_tile == end_tile):
         wait(DEPENDENT)
         tl.store(left_ptr + 2 * program, -1)
         return
     length = tl.load(context_len_ptr + row).to(tl.int32)
     first = _first_tile(length, SLIDING_WINDOW, BLOCK_N)
-    tile = first + tl.maximum(unit - 1, 0)
+    tile += first
     block = _block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
     length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
     if DEPENDENT:
