@@ -5,6 +5,15 @@
 import triton
 import triton.language as tl
 
+from mini_infer.kernels.common import next_power_of_2
+
+LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
+
+
+def prefetched_columns(columns: int) -> int:
+    """Of the weight columns that a program goes through, how many it fetches before it may begin; a power of two."""
+    return min(1024, max(int(LINE.value), next_power_of_2(columns)))
+
 
 @triton.jit
 def weight_rows(n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):

@@ -16,12 +16,9 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import silu_mul, weight_rows
+from mini_infer.kernels.linear_common import LINE, prefetched_columns, silu_mul, weight_rows
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
-
-_LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
-_PREFETCHED = 1024  # columns of a program's first weights that are fetched before it may begin
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -72,7 +69,7 @@ def _dot_kernel(
         acc = tl.dot(x, tl.trans(w), input_precision="ieee")
     else:
         if DEPENDENT:
-            prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :])
+            prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // LINE) * LINE, k - 1)[None, :])
         wait(DEPENDENT)
         acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
         for start in range(first, last, BLOCK_K):
@@ -140,7 +137,7 @@ def launch_dot(
         ONE_TILE=tile.block_k * split_k >= k,
         EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,
-        PREFETCHED=min(_PREFETCHED, max(_LINE.value, next_power_of_2(cdiv(k, split_k)))),
+        PREFETCHED=prefetched_columns(cdiv(k, split_k)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch.options(),

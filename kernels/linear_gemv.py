@@ -13,10 +13,8 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import silu_mul, weight_rows
+from mini_infer.kernels.linear_common import LINE, silu_mul, weight_rows
 from mini_infer.kernels.linear_plan import Tile
-
-_LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
 
 
 @triton.jit
@@ -107,7 +105,7 @@ def _gemv_kernel(
             _store_row(tl.sum(w * x, 1), row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
     else:
         if DEPENDENT:
-            prefetch(source + tl.minimum(tl.arange(0, max(BLOCK_K // _LINE, 1)) * _LINE, k - 1)[None, :])
+            prefetch(source + tl.minimum(tl.arange(0, max(BLOCK_K // LINE, 1)) * LINE, k - 1)[None, :])
         wait(DEPENDENT)
         sum0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         sum1 = sum0

@@ -25,14 +25,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
+from mini_infer.kernels.common import INTERPRET, cdiv
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
+from mini_infer.kernels.linear_common import LINE, prefetched_columns
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
 _ALIGNMENT = 16  # bytes
-_LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
-_PREFETCHED = 1024  # columns of a program's first weights that are fetched before it may begin
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -71,7 +70,7 @@ def _tma_kernel(
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, k)
     if DEPENDENT:
-        lines = tl.minimum(first + tl.arange(0, PREFETCHED // _LINE) * _LINE, k - 1)[None, :]
+        lines = tl.minimum(first + tl.arange(0, PREFETCHED // LINE) * LINE, k - 1)[None, :]
         fetched = weight_ptr + tl.minimum(cols, width - 1).to(tl.int64)[:, None] * weight_stride + lines
         prefetch(fetched)
         if GATED:
@@ -153,7 +152,7 @@ def launch_tma(
         HAS_BIAS=bias is not None and whole,
         ADD=add and whole,
         UPCAST=INTERPRET,
-        PREFETCHED=min(_PREFETCHED, max(_LINE.value, next_power_of_2(cdiv(k, split_k)))),
+        PREFETCHED=prefetched_columns(cdiv(k, split_k)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch.options(),

@@ -29,7 +29,7 @@ def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Residual add, then RMSNorm, in plain torch."""
-    new_residual = x + residual
+    new_residual = (x + residual).contiguous()
     return rmsnorm_reference(new_residual, weight, eps), new_residual
 
 
@@ -136,11 +136,6 @@ def _rmsnorm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rmsnorm_reference(x, weight, eps).contiguous()
 
 
-def _add_rmsnorm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    new_residual = (x + residual).contiguous()
-    return rmsnorm_reference(new_residual, weight, eps), new_residual
-
-
 def _rmsnorm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -150,7 +145,7 @@ def _add_rmsnorm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 _rmsnorm_op = register_op("rmsnorm", _rmsnorm_fake, cpu=_rmsnorm_cpu, cuda=_launch_rmsnorm)
-_add_rmsnorm_op = register_op("add_rmsnorm", _add_rmsnorm_fake, cpu=_add_rmsnorm_cpu, cuda=_launch_add_rmsnorm)
+_add_rmsnorm_op = register_op("add_rmsnorm", _add_rmsnorm_fake, cpu=add_rmsnorm_reference, cuda=_launch_add_rmsnorm)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
