@@ -7,7 +7,7 @@ from itertools import count
 from typing import TypeAlias, cast
 
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.request import Request
+from mini_infer.request import Request, check_prompt_length
 from mini_infer.sampling import MAX_SEED, SamplingParams
 from mini_infer.tokenizer import Tokenizer
 
@@ -50,13 +50,7 @@ class RequestIntake:
                 or the parameters ask for something this model cannot do.
         """
         token_ids = self._token_ids(prompt)
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty: at least 1 token is needed")
-        if len(token_ids) >= self._max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens, but max_model_len={self._max_model_len} allows at most "
-                f"{self._max_model_len - 1}, so that one can be generated; shorten it or raise max_model_len"
-            )
+        check_prompt_length(len(token_ids), self._max_model_len)
         if params.stop and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         number = next(self._numbers)

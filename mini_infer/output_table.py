@@ -47,6 +47,11 @@ class OutputTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._stop_tokens: Counter[int] = Counter()  # how many live requests each token would end
 
+    @property
+    def num_slots(self) -> int:
+        """Slots there are."""
+        return len(self.owners)
+
     def open(self, owner: int, limit: int, stop_token_ids: Iterable[int]) -> int:
         """A slot for request number ``owner``, which may generate ``limit`` tokens."""
         if not self._free:

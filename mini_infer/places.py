@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from contextlib import suppress
 
 from mini_infer.growth import BlockGrowth
 from mini_infer.memory.block_manager import BlockManager
@@ -151,7 +152,8 @@ class Places:
         elif request.status is RequestStatus.PREFILLING:
             self.prefilling.remove(request)
         elif request.status in (RequestStatus.WAITING, RequestStatus.SWAPPED):
-            self.queue.remove(request)
+            with suppress(ValueError):  # an interrupt may have kept it from getting there
+                self.queue.remove(request)
         if self._manager.has(request.request_id):
             self._manager.release(request.request_id)
         request.leave()

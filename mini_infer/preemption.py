@@ -40,6 +40,12 @@ class Preemption:
         self._swap_in: BlockPairs = []
         self.counts = {"swap": 0, "recompute": 0}
 
+    def anew(self, manager: BlockManager) -> Preemption:
+        """The same for the blocks of another manager, with no copies to make; the counts go on."""
+        fresh = Preemption(manager, self._prefill_buckets, self._mode, self._swap_ms_per_block)
+        fresh.counts = self.counts
+        return fresh
+
     def put_out(self, request: Request) -> None:
         """Take a request's blocks. It is swapped then, or waits to be computed again."""
         pairs = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mini_infer.exceptions import InvalidRequestError
 from mini_infer.output_table import NO_SLOT, OutputTable
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import NO_ROW
@@ -37,6 +38,21 @@ class FinishReason(str, Enum):
     """The user took it back."""
     ERROR = "error"
     """It failed inside the engine; its output says how."""
+
+
+def check_prompt_length(num_tokens: int, max_model_len: int) -> None:
+    """Refuse a prompt of no tokens, or of so many that none can be generated.
+
+    Raises:
+        InvalidRequestError: it is empty or too long.
+    """
+    if num_tokens < 1:
+        raise InvalidRequestError("the prompt is empty: at least 1 token is needed")
+    if num_tokens >= max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {num_tokens} tokens, but max_model_len={max_model_len} allows at most "
+            f"{max_model_len - 1}, so that one can be generated; shorten it or raise max_model_len"
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +104,13 @@ class Request:
 
     def enter(self, table: OutputTable) -> None:
         """Its outputs are counted in a slot of ``table`` from now on."""
-        self._table, self.slot = table, table.open(self.arrival, self.max_output_tokens, self.stop_token_ids)
+        self.slot, self._table = table.open(self.arrival, self.max_output_tokens, self.stop_token_ids), table
+
+    def finish(self, reason: FinishReason, error: str | None) -> None:
+        """It has ended. From the last of these lines on it is `finished`."""
+        self.finish_reason = reason
+        self.error = error
+        self.status = RequestStatus.FINISHED
 
     def leave(self) -> None:
         """It has ended: what was read back is its own, and its slot is free."""

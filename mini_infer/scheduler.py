@@ -23,13 +23,13 @@ import numpy as np
 from mini_infer.buckets import BucketTable, PaddingCounter, decode_bucket_sizes, prefill_bucket_sizes
 from mini_infer.exceptions import ConfigError, InvalidRequestError, OutOfMemoryError
 from mini_infer.memory.block_manager import BlockManager
-from mini_infer.output_table import OutputTable
+from mini_infer.output_table import NO_SLOT, OutputTable
 from mini_infer.places import Places
 from mini_infer.preemption import Preemption
 from mini_infer.prefill import PrefillShare, plan_chunks
-from mini_infer.request import FinishReason, Request, RequestStatus
+from mini_infer.request import FinishReason, Request, RequestStatus, check_prompt_length
 from mini_infer.step import Members, PrefillChunk, SampledTokens, SchedulerOutputs, StepKind
-from mini_infer.typing import SequenceMetadata
+from mini_infer.typing import NO_ROW, SequenceMetadata
 
 DEFAULT_PREFILL_TOKENS = 2048
 
@@ -139,15 +139,8 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
-        if request.num_prompt_tokens < 1:
-            raise InvalidRequestError("the prompt is empty: at least 1 token is needed")
-        room = self.max_model_len - request.num_prompt_tokens
-        if room < 1:
-            raise InvalidRequestError(
-                f"the prompt has {request.num_prompt_tokens} tokens, but max_model_len={self.max_model_len} allows at "
-                f"most {self.max_model_len - 1}, so that one can be generated; shorten it or raise max_model_len"
-            )
-        request.max_output_tokens = min(request.sampling.max_tokens, room)
+        check_prompt_length(request.num_prompt_tokens, self.max_model_len)
+        request.max_output_tokens = min(request.sampling.max_tokens, self.max_model_len - request.num_prompt_tokens)
         request.arrival = self._num_added
         self._num_added += 1
         self._requests[request.request_id] = request
@@ -169,15 +162,36 @@ class Scheduler:
         return failed
 
     def fail_all(self, error: str) -> list[Request]:
-        """End every request that has blocks, since copies or row edits were lost; those without go on.
+        """End every request that was admitted, since records, copies or row edits were lost; the others go on.
 
-        Swapped ones are among them: the copy that was lost may have been theirs. All rows are cleared again, as a
-        lost edit may have left one that decodes into blocks it has no more.
+        An exception may have come in the middle of any change, so no record of who has what is believed: all are made
+        anew, and the prefix cache is empty. All rows are cleared again, as a lost edit may have left one that decodes
+        into blocks it has no more. Steps in flight may still be read back: nobody in them is alive.
         """
-        lost = [r for r in self._requests.values() if r.status is not RequestStatus.WAITING]
+        waiting: dict[str, Request] = {}
+        lost = []
+        for request in self._requests.values():
+            if request.status is RequestStatus.WAITING and request.slot == NO_SLOT:
+                waiting[request.request_id] = request
+            elif not request.finished:
+                lost.append(request)
         for request in lost:
-            self._end(request, FinishReason.ERROR, error)
+            request.finish(FinishReason.ERROR, error)
+            request.leave()
+            request.row = NO_ROW
+        manager = self.block_manager
+        self.block_manager = BlockManager(
+            manager.block_size,
+            manager.num_gpu_blocks,
+            manager.num_cpu_blocks,
+            enable_prefix_caching=manager.enable_prefix_caching,
+        )
+        self._outputs = OutputTable(self._outputs.num_slots)  # as many: steps in flight name them
+        self._preemption = self._preemption.anew(self.block_manager)
+        self._places = Places(self.max_num_seqs, self.block_manager, self._outputs, self._preemption)
         self._places.rows.clear(self.max_num_seqs)
+        self._places.queue.extend(waiting.values())
+        self._requests = waiting
         return lost
 
     @property
@@ -345,10 +359,8 @@ class Scheduler:
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         # The K/V of one that failed may be NaN, or was never written.
         self._places.remove(request, cache=reason is not FinishReason.ERROR)
-        del self._requests[request.request_id]
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        request.error = error
+        request.finish(reason, error)
+        del self._requests[request.request_id]  # last, so that an interrupt loses nobody
 
     def _step(
         self,

@@ -18,7 +18,7 @@ from mini_infer.output_processor import OutputProcessor
 from mini_infer.request import FinishReason, Request, RequestStatus
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Scheduler
-from mini_infer.step import ExtendRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.step import ClearRow, ExtendRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
 from mini_infer.typing import NO_ROW
 from tests.simulated_device import LOGPROB, NAN, Expected, Reference, SimulatedDevice, sampled_tokens
 
@@ -573,6 +573,39 @@ def test_the_surplus_of_an_ended_sequence_is_dropped() -> None:
     assert engine.scheduler.block_manager.num_cached_blocks == 1 + 1, "the surplus was cached as a prefix"
     engine.finish()
     assert engine.scheduler.block_manager.num_cached_blocks == 1 + 10
+
+
+def test_fail_all_begins_anew() -> None:
+    """Whoever was admitted ends, wherever it is; whoever was not is served, in blocks of which nothing is known."""
+    engine = Engine(max_num_seqs=2, num_gpu_blocks=10, num_cpu_blocks=9)
+    running, short, waiting = (engine.add(name, prompt_of(9), 8) for name in ("running", "short", "waiting"))
+    engine.step()
+    assert engine.scheduler.block_manager.num_cached_blocks > 0
+    engine.launch()
+    in_flight = engine.launched[0]
+    assert set(engine.scheduler.fail_all("it broke")) == {running, short}
+    assert [(r.finish_reason, r.error, r.row, len(r.output_token_ids)) for r in (running, short)] == [
+        (FinishReason.ERROR, "it broke", NO_ROW, 1)
+    ] * 2
+    manager = engine.scheduler.block_manager
+    assert (manager.num_used_blocks, manager.num_cached_blocks, manager.num_free_cpu_blocks) == (0, 0, 9)
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (0, 1)
+    assert engine.scheduler.fail_all("again") == []
+    outputs = engine.launch()
+    assert [edit for edit in outputs.edits if isinstance(edit, ClearRow)] == [ClearRow(0), ClearRow(1)]
+    assert engine.scheduler.update(*in_flight) == [], "nobody in it is alive"
+    engine.launched.popleft()
+    engine.finish()
+    assert waiting.finish_reason is FinishReason.LENGTH and waiting.num_cached_tokens == 0
+
+
+def test_a_request_that_did_not_get_to_the_queue_can_be_ended() -> None:
+    """An interrupt came in the middle of adding it."""
+    engine = Engine()
+    request = engine.add("a", prompt_of(6), 3)
+    engine.scheduler._places.queue.clear()
+    assert engine.scheduler.finish("a", FinishReason.ABORT) is request
+    assert engine.scheduler.num_unfinished == 0 and request.finished
 
 
 def test_an_id_may_be_used_again_while_steps_of_its_last_bearer_are_in_flight() -> None:

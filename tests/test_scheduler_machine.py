@@ -7,7 +7,7 @@ request ends, and with the tokens that it would have got alone.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from hypothesis import strategies as st
@@ -204,6 +204,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.device.lose(outputs)
             self.in_flight.append(InFlight(outputs, None))
+
+    @precondition(lambda self: self.troubled)
+    @rule(scheduled=st.booleans(), index=st.integers(0, 40))
+    def fail_all(self, scheduled: bool, index: int) -> None:
+        """A step's copies and edits are lost, but for the first few."""
+        if len(self.in_flight) >= self.steps_in_flight:
+            self.read_back()
+        if scheduled and (outputs := self.schedule()):
+            self.device.prepare(replace(outputs, edits=outputs.edits[:index], swap_in=(), swap_out=()))
+        counts = self.scheduler.num_preemptions
+        fresh = {request for request in self.unfinished.values() if request.slot == NO_SLOT}
+        ended = self.scheduler.fail_all("it broke")
+        self.manager = self.scheduler.block_manager
+        self.device.lost.update(request.request_id for request in ended)
+        self.owes_step = False
+        for request in ended:
+            assert request.error == "it broke"
+            self.check_end(request, FinishReason.ERROR)
+        assert {*self.unfinished.values()} == fresh, "not those who were never admitted go on"
+        assert self.manager.num_used_blocks == self.manager.num_cached_blocks == 0
+        assert self.scheduler.num_preemptions == counts
 
     # The engine's loop
 
