@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
@@ -17,15 +15,14 @@ from mini_infer.intake import Prompt, RequestIntake, as_batch, require_tokenizer
 from mini_infer.metrics import EngineStats
 from mini_infer.output_processor import OutputProcessor
 from mini_infer.outputs import GenerateOutput, StreamIncrement
-from mini_infer.request import FinishReason, Request
-from mini_infer.runner import StepHandle
+from mini_infer.request import Request
 from mini_infer.sampling import SamplingParams
 from mini_infer.startup import EngineParts, assemble
-from mini_infer.step import SchedulerOutputs, StepKind
-from mini_infer.step_timer import StepLog
+from mini_infer.stats import snapshot
+from mini_infer.step_loop import StepLoop
 from mini_infer.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GENERATE_MAX_TOKENS = 100
 
@@ -63,13 +60,8 @@ class LLMEngine:
             seed=config.seed,
         )
         self._processor = OutputProcessor(parts.tokenizer)
-        self._outputs: dict[str, GenerateOutput] = {}  # finished, not fetched
-        self._steps_in_flight = config.steps_in_flight or (2 if parts.runner.device.type == "cuda" else 1)
-        self._in_flight: deque[tuple[SchedulerOutputs, StepHandle]] = deque()
-        self._step_log = StepLog()
-        self._num_finished = 0
-        self._tokens = {"prompt": 0, "cached": 0, "output": 0}
-        self._steps = {StepKind.PREFILL: 0, StepKind.DECODE: 0}
+        steps_in_flight = config.steps_in_flight or (2 if parts.runner.device.type == "cuda" else 1)
+        self._loop: StepLoop | None = StepLoop(parts.scheduler, parts.runner, self._processor, steps_in_flight)
 
     # Whole generations
 
@@ -101,7 +93,7 @@ class LLMEngine:
         Raises:
             InvalidRequestError: a prompt or a parameter is not valid; then nothing was queued.
         """
-        parts = self._open()
+        scheduler, loop = self._open().scheduler, _opened(self._loop)
         batch = as_batch(prompts)
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         default = SamplingParams(max_tokens=GENERATE_MAX_TOKENS)
@@ -119,7 +111,7 @@ class LLMEngine:
         outputs: dict[str, GenerateOutput] = {}
         try:
             for request in requests:
-                self._queue(request)
+                loop.add(request)
             with tqdm(
                 total=len(requests),
                 desc="requests",
@@ -129,13 +121,14 @@ class LLMEngine:
                 while len(outputs) < len(requests):
                     for output in self.step():
                         if output.request_id in wanted:
-                            outputs[output.request_id] = self._outputs.pop(output.request_id)
+                            self._processor.take(output.request_id)
+                            outputs[output.request_id] = output
                             bar.update()
-                    bar.set_postfix_str(f"{parts.scheduler.num_running} running", refresh=False)
+                    bar.set_postfix_str(f"{scheduler.num_running} running", refresh=False)
         finally:  # an interrupt must not leave requests behind that nobody waits for
             for request in requests:
                 if request.request_id not in outputs:
-                    self._forget(request.request_id)
+                    loop.forget(request.request_id)
         return [outputs[request.request_id] for request in requests]
 
     def chat(
@@ -177,7 +170,7 @@ class LLMEngine:
         Raises:
             InvalidRequestError: at the call, if the prompt or a parameter is not valid.
         """
-        self._open()
+        _opened(self._loop)
         params = SamplingParams(max_tokens=GENERATE_MAX_TOKENS) if sampling_params is None else sampling_params
         request = self._intake.make(prompt, _override(params, {"max_tokens": max_tokens}))
         return self._stream(request)
@@ -213,10 +206,10 @@ class LLMEngine:
         Raises:
             InvalidRequestError: the prompt or a parameter is not valid.
         """
-        self._open()
+        loop = _opened(self._loop)
         params = SamplingParams() if sampling_params is None else sampling_params
         request = self._intake.make(prompt, _override(params, {"max_tokens": max_tokens}))
-        self._queue(request)
+        loop.add(request)
         return request.request_id
 
     def get_output(self, request_id: str) -> GenerateOutput | None:
@@ -225,12 +218,12 @@ class LLMEngine:
         Raises:
             InvalidRequestError: there is no such request, or its output was fetched already.
         """
-        self._open()
-        if request_id not in self._outputs:
+        _opened(self._loop)
+        if self._processor.output(request_id) is None:
             if request_id not in self._processor:
-                raise InvalidRequestError(f"no request {request_id!r}, or its output was fetched already")
+                raise _no_request(request_id)
             self.step()
-        return self._outputs.pop(request_id, None)
+        return self._processor.take(request_id)
 
     def abort(self, request_id: str) -> GenerateOutput:
         """Take a request back, whatever its state, and forget it.
@@ -241,13 +234,11 @@ class LLMEngine:
         Raises:
             InvalidRequestError: there is no such request.
         """
-        scheduler = self._open().scheduler
-        request = scheduler.finish(request_id, FinishReason.ABORT)
-        if request is not None:
-            self._end(request)
-        if request_id not in self._outputs:
-            raise InvalidRequestError(f"no request {request_id!r}, or its output was fetched already")
-        return self._outputs.pop(request_id)
+        _opened(self._loop).abort(request_id)
+        output = self._processor.take(request_id)
+        if output is None:
+            raise _no_request(request_id)
+        return output
 
     def step(self) -> list[GenerateOutput]:
         """Run one step: launch the next one and read back the oldest, if enough are in flight.
@@ -255,19 +246,12 @@ class LLMEngine:
         Returns:
             The outputs of requests that ended; `get_output` gives them as well.
         """
-        parts = self._open()
-        outputs = parts.scheduler.schedule()
-        ended: list[Request] = []
-        if outputs:
-            ended += self._launch(parts, outputs)
-        if self._in_flight and (not outputs or len(self._in_flight) >= self._steps_in_flight):
-            ended += self._read_back(parts)
-        return [self._end(request) for request in ended]
+        return _opened(self._loop).step()
 
     @property
     def has_unfinished_requests(self) -> bool:
         """True while steps have something to do."""
-        return self._open().scheduler.num_unfinished > 0
+        return _opened(self._loop).has_work
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -287,45 +271,14 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of counts, padding, memory and start-up."""
-        parts = self._open()
-        scheduler, manager = parts.scheduler, parts.scheduler.block_manager
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_prefilling=scheduler.num_prefilling,
-            num_waiting=scheduler.num_waiting,
-            num_finished=self._num_finished,
-            prompt_tokens=self._tokens["prompt"],
-            cached_prompt_tokens=self._tokens["cached"],
-            output_tokens=self._tokens["output"],
-            prefill_steps=self._steps[StepKind.PREFILL],
-            decode_steps=self._steps[StepKind.DECODE],
-            off_graph_steps=parts.runner.off_graph_steps,
-            preemptions=dict(scheduler.num_preemptions),
-            kv_blocks_used=manager.num_used_blocks,
-            kv_blocks_total=manager.num_gpu_blocks,
-            kv_blocks_cached=manager.num_cached_blocks,
-            decode_buckets=scheduler.decode_padding.by_bucket,
-            prefill_buckets=scheduler.prefill_padding.by_bucket,
-            decode_padding=scheduler.decode_padding.waste,
-            prefill_padding=scheduler.prefill_padding.waste,
-            decode_costs=dict(scheduler.decode_buckets.costs),
-            prefill_costs=dict(scheduler.prefill_buckets.costs),
-            context_ms_per_token=scheduler.context_ms_per_token,
-            costs_measured=scheduler.decode_buckets.measured,
-            memory=parts.plan,
-            graphs=parts.graphs,
-            plan_loaded=parts.plan_loaded,
-            startup=parts.report,
-            step_times=self._step_log.times,
-        )
+        return snapshot(self._open(), _opened(self._loop))
 
     def shutdown(self) -> None:
         """Drop every request and free the device's memory. Further calls raise EngineClosedError."""
         if self._parts is not None:
             self._parts.runner.synchronize()
-        self._parts = None
-        self._outputs.clear()
-        self._in_flight.clear()
+        self._parts = self._loop = None
+        self._processor.clear()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -335,77 +288,11 @@ class LLMEngine:
     ) -> None:
         self.shutdown()
 
-    # One step
-
-    def _queue(self, request: Request, *, streaming: bool = False) -> None:
-        self._open().scheduler.add(request)
-        self._processor.track(request, streaming=streaming)
-
-    def _launch(self, parts: EngineParts, outputs: SchedulerOutputs) -> list[Request]:
-        """Launch a step. Returns the requests that ended, which are those of a step that failed."""
-        self._steps[outputs.kind] += 1
-        if outputs.kind is StepKind.PREFILL:
-            self._tokens["prompt"] += outputs.num_tokens
-        try:
-            parts.runner.prepare(outputs)
-        except BaseException as error:
-            logger.error("step %d could not be prepared (%s)", outputs.step, outputs.reason, exc_info=error)
-            return self._failed(parts.scheduler.fail_all(_describe(error)), error)
-        try:
-            handle = parts.runner.execute(outputs)
-        except BaseException as error:
-            return self._failed(self._fail(parts, outputs, error), error)
-        self._in_flight.append((outputs, handle))
-        return []
-
-    def _read_back(self, parts: EngineParts) -> list[Request]:
-        """Wait for the oldest step's tokens. Returns the requests that ended with them."""
-        outputs, handle = self._in_flight.popleft()
-        try:
-            sampled = handle.result()
-        except Exception as error:
-            return self._fail(parts, outputs, error)
-        except BaseException:  # an interrupt: the tokens are still there to be read
-            self._in_flight.appendleft((outputs, handle))
-            raise
-        if handle.span is not None:
-            self._step_log.record(outputs, handle.span)
-        changed = parts.scheduler.update(outputs, sampled)
-        for request in changed:
-            self._processor.begin(request)
-        ended = [request for request in changed if request.finished]
-        for request in self._processor.advance():
-            if not request.finished:
-                parts.scheduler.finish(request.request_id, FinishReason.STOP)
-                ended.append(request)
-        return ended
-
-    def _fail(self, parts: EngineParts, outputs: SchedulerOutputs, error: BaseException) -> list[Request]:
-        """A step could not be run: its requests end with an error, the others go on."""
-        logger.error("step %d failed (%s)", outputs.step, outputs.reason, exc_info=error)
-        return parts.scheduler.fail(outputs, _describe(error))
-
-    def _failed(self, ended: list[Request], error: BaseException) -> list[Request]:
-        """Requests that ended with a step that failed. An interrupt is the caller's: it goes on to them from here."""
-        if isinstance(error, Exception):
-            return ended
-        for request in ended:
-            self._end(request)
-        raise error
-
-    def _end(self, request: Request) -> GenerateOutput:
-        output = self._processor.end(request)
-        self._num_finished += 1
-        self._tokens["output"] += len(output.token_ids)
-        self._tokens["cached"] += output.num_cached_tokens
-        self._outputs[output.request_id] = output
-        return output
-
     def _stream(self, request: Request) -> Iterator[StreamIncrement]:
-        self._queue(request, streaming=True)
         request_id = request.request_id
         text, num_tokens = "", 0  # streamed so far
         try:
+            _opened(self._loop).add(request, streaming=True)
             while request_id in self._processor:
                 self.step()
                 if request_id in self._processor:
@@ -413,27 +300,27 @@ class LLMEngine:
                     text, num_tokens = text + increment.text, num_tokens + len(increment.token_ids)
                     if increment.token_ids:
                         yield increment
-            self._open()
-            output = self._outputs.pop(request_id, None)
+            _opened(self._loop)
+            output = self._processor.take(request_id)
             if output is None:
                 return  # aborted, or fetched by its id: whoever did that has it
             yield StreamIncrement(request_id, output.text[len(text) :], output.token_ids[num_tokens:], output)
         finally:
-            self._forget(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        """Abort a request if it still runs, and drop its output."""
-        if self._parts is not None and (request_id in self._processor or request_id in self._outputs):
-            self.abort(request_id)
+            if self._loop is not None:
+                self._loop.forget(request_id)
 
     def _open(self) -> EngineParts:
-        if self._parts is None:
-            raise EngineClosedError("the engine was shut down; make a new LLMEngine")
-        return self._parts
+        return _opened(self._parts)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _opened(part: T | None) -> T:
+    if part is None:
+        raise EngineClosedError("the engine was shut down; make a new LLMEngine")
+    return part
+
+
+def _no_request(request_id: str) -> InvalidRequestError:
+    return InvalidRequestError(f"no request {request_id!r}, or its output was fetched already")
 
 
 def _override(params: SamplingParams, arguments: dict[str, Any]) -> SamplingParams:

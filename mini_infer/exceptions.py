@@ -43,3 +43,8 @@ class BlockError(MiniInferError, ValueError):
 
 class EngineClosedError(MiniInferError, RuntimeError):
     """The engine was shut down and takes no more calls."""
+
+
+def describe(error: BaseException) -> str:
+    """An error of any kind in one line, as outputs carry it."""
+    return f"{type(error).__name__}: {error}"

@@ -93,7 +93,8 @@ def scheduler_of(engine: LLMEngine) -> Scheduler:
 
 def assert_idle(engine: LLMEngine) -> None:
     """No request, no output, no block is left anywhere."""
-    while engine._in_flight:  # surplus steps of sequences that ended
+    assert engine._loop is not None
+    while engine._loop._in_flight:  # surplus steps of sequences that ended
         engine.step()
     stats, scheduler = engine.stats(), scheduler_of(engine)
     assert (stats.num_running, stats.num_prefilling, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0, 0)
@@ -101,8 +102,10 @@ def assert_idle(engine: LLMEngine) -> None:
     assert scheduler.block_manager.num_free_cpu_blocks == scheduler.block_manager.num_cpu_blocks
     scheduler.block_manager.check_integrity()
     for container in (
-        engine._outputs,
+        engine._loop._left,
         engine._processor._tracked,
+        engine._processor._watched,
+        engine._processor._outputs,
         scheduler._requests,
         scheduler._places.queue,
         scheduler._places.prefilling,
@@ -122,10 +125,14 @@ def prompts_of(count: int, *, seed: int = 0, longest: int = 40) -> list[list[int
 
 @pytest.fixture(scope="module")
 def alone(shared_engine: LLMEngine) -> Callable[[list[int], int], list[int]]:
-    """Greedy tokens of one prompt with nobody beside it."""
+    """Greedy tokens of one prompt with nobody beside it. They are always the same, so they are kept."""
+    known: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
     def run(prompt: list[int], max_tokens: int) -> list[int]:
-        return shared_engine.generate([prompt], sampling_params=greedy(max_tokens))[0].token_ids
+        key = tuple(prompt), max_tokens
+        if key not in known:
+            known[key] = shared_engine.generate([prompt], sampling_params=greedy(max_tokens))[0].token_ids
+        return list(known[key])
 
     return run
 
@@ -1086,30 +1093,160 @@ def test_an_interrupted_generate(
         with pytest.raises(KeyboardInterrupt):
             engine.generate(prompts_of(20), sampling_params=[greedy(2 + i) for i in range(20)])
     assert engine.stats().num_waiting + engine.stats().num_running + engine.stats().num_prefilling == 1
-    assert not engine._outputs
+    assert not engine._processor._outputs
     assert fetch(engine, other).token_ids == alone(PROMPT, 30)
 
 
-@pytest.mark.parametrize("name", ["prepare", "execute"])
-def test_an_interrupt_inside_a_step(
-    engine_with: Callable[..., LLMEngine],
+@pytest.fixture(scope="module", params=[1, 3])
+def broken_engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLMEngine]:
+    """An engine whose steps are broken off again and again."""
+    with make_engine(folder, steps_in_flight=request.param, block_size=4, max_prefill_tokens=32) as engine:
+        yield engine
+
+
+def break_off(
+    monkeypatch: pytest.MonkeyPatch, engine: LLMEngine, place: str, error: BaseException, *, call: int, after: bool
+) -> None:
+    """The ``call``-th call of a method that every step makes, or every end, raises before or after it has run."""
+    owner: object = StepHandle
+    for part in (engine._processor, scheduler_of(engine), runner_of(engine)):
+        owner = part if hasattr(part, place) else owner
+    method = getattr(owner, place)
+    calls = 0
+
+    def broken(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise error
+        result = method(*arguments)
+        if calls == call:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, place, broken)
+
+
+STEP = ["schedule", "prepare", "execute", "result", "update"]
+"""What a step consists of: an error there ends its requests."""
+OUTPUT = ["advance", "end"]
+"""What follows: an error there belongs to no request."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("fire")], ids=repr)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("place", [*STEP, *OUTPUT])
+def test_a_step_that_is_broken_off(
+    broken_engine: LLMEngine,
     alone: Callable[..., list[int]],
     monkeypatch: pytest.MonkeyPatch,
-    name: str,
+    place: str,
+    after: bool,
+    error: BaseException,
 ) -> None:
-    """Most of the time is spent there. Other people's requests in that step end with an error, rather than never."""
-    engine = engine_with()
-    inside = engine.add_request(PROMPT, sampling_params=greedy(30))
-    engine.step()
-    engine.step()
-    make_fail(monkeypatch, engine, name, lambda outputs: outputs.kind is StepKind.DECODE, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompts_of(3), sampling_params=greedy(20))
-    output = fetch(engine, inside, most_calls=100)
-    assert output.finish_reason == "error"
-    assert "KeyboardInterrupt" in str(output.error)
-    assert output.token_ids == alone(PROMPT, 30)[: len(output.token_ids)]
-    assert engine.generate([PROMPT], sampling_params=greedy(9))[0].token_ids == alone(PROMPT, 9)
+    """By Ctrl-C or an error in any of its parts, whoever runs it: that is what the caller sees, nothing is left of what
+    they asked for, and other people's requests are right, or end with the error rather than never."""
+    engine = broken_engine
+    raises = isinstance(error, KeyboardInterrupt) or place in OUTPUT
+    message = f"{type(error).__name__}: {error}"
+    lengths = [2, 3, 3, 9]
+    prompts = prompts_of(4, seed=19)
+
+    def check(output: GenerateOutput, expected: list[int]) -> None:
+        if output.finish_reason == "error":
+            assert output.error == message
+            assert output.token_ids == expected[: len(output.token_ids)]
+        else:
+            assert (output.finish_reason, output.token_ids) == ("length", expected)
+
+    def generate() -> None:
+        params = [greedy(length) for length in lengths]
+        for output, prompt, length in zip(
+            engine.generate(prompts, sampling_params=params), prompts, lengths, strict=True
+        ):
+            check(output, alone(prompt, length))
+
+    def stream() -> None:
+        *_, last = engine.stream(prompts[0], sampling_params=greedy(6))
+        assert last.output is not None
+        check(last.output, alone(prompts[0], 6))
+
+    def poll() -> None:
+        """The requests are not the caller's alone: an interrupted call loses none of them."""
+        ids = [
+            engine.add_request(prompt, sampling_params=greedy(length))
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        broken = None
+        while engine.has_unfinished_requests:
+            try:
+                engine.step()
+            except (KeyboardInterrupt, RuntimeError) as caught:
+                assert broken is None
+                broken = caught
+        for request_id, prompt, length in zip(ids, prompts, lengths, strict=True):
+            output = engine.get_output(request_id)
+            assert output is not None
+            check(output, alone(prompt, length))
+        if broken is not None:
+            raise broken
+
+    for use in (generate, stream, poll):
+        for call in (1, 2, 4):
+            other = engine.add_request(PROMPT, sampling_params=greedy(9))
+            engine.step()
+            with monkeypatch.context() as patch:
+                break_off(patch, engine, place, error, call=call, after=after)
+                try:
+                    use()
+                except type(error) as caught:
+                    assert caught is error and raises
+                    assert scheduler_of(engine).num_unfinished <= 1
+                else:
+                    assert not raises or (place == "end" and call > 1)  # there are not as many ends
+            check(fetch(engine, other, most_calls=100), alone(PROMPT, 9))
+            assert_idle(engine)
+            assert engine.generate([PROMPT], sampling_params=greedy(9))[0].token_ids == alone(PROMPT, 9)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("fire")], ids=repr)
+@pytest.mark.parametrize("use", ["generate", "stream"])
+def test_a_tokenizer_that_fails(
+    engine: LLMEngine,
+    alone: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    use: str,
+    error: BaseException,
+) -> None:
+    """Its request ends with the error, nobody else's; an interrupt inside it goes to the caller."""
+    other = engine.add_request(PROMPT, sampling_params=greedy(30))
+    decode, calls = engine.tokenizer.decode, 0  # type: ignore[union-attr]
+
+    def failing(*arguments: Any, **options: Any) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error
+        return decode(*arguments, **options)
+
+    def run() -> list[GenerateOutput]:
+        if use == "generate":
+            return engine.generate(prompts_of(2), sampling_params=greedy(9, stop="not there"))
+        *_, last = engine.stream(prompts_of(1)[0], sampling_params=greedy(9))
+        assert last.output is not None
+        return [last.output]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.tokenizer, "decode", failing)
+        if isinstance(error, Exception):
+            outputs = run()
+            assert [output.error for output in outputs].count("RuntimeError: fire") == 1
+            assert {output.finish_reason for output in outputs} <= {"error", "length"}
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            assert scheduler_of(engine).num_unfinished == 1
+    assert fetch(engine, other).token_ids == alone(PROMPT, 30)
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 3])

@@ -55,3 +55,8 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     for cls, builtin in BUILTIN_OF.items():
         assert any(f"── {cls.__name__} ({builtin.__name__})" in line for line in lines), f"{cls.__name__} is not drawn"
     assert all(cls.__doc__ for cls in defined.values())
+
+
+def test_an_error_in_one_line() -> None:
+    assert exceptions.describe(ValueError("what happened")) == "ValueError: what happened"
+    assert exceptions.describe(KeyboardInterrupt()) == "KeyboardInterrupt: "

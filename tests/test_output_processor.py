@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def request_of(request_id: str = "request-0", **params: Any) -> Request:
     request = Request(request_id, (5, 6), sampling, stop_token_ids=stop_token_ids, max_output_tokens=99)
     request.enter(OutputTable(1))
     return request
+
+
+def letters(text: str) -> list[int]:
+    """Each letter as a token of its own."""
+    return [token_id for letter in text for token_id in TOKENIZER.encode(letter)]
 
 
 def append(request: Request, token_id: int) -> None:
@@ -191,7 +197,7 @@ def test_only_texts_that_somebody_waits_for_are_followed() -> None:
         for request in (plain, stopping, streamed):
             append(request, token_id)
     assert list(processor._watched) == ["stopping", "streamed"]
-    assert processor.advance() == [stopping] and processor.advance() == []
+    assert processor.advance() == [stopping]
     for request in (plain, stopping, streamed):
         finish(request, FinishReason.LENGTH)
     assert [processor.end(request).text for request in (plain, stopping, streamed)] == ["abc", "a", "abc"]
@@ -280,3 +286,128 @@ def test_requests_do_not_mix() -> None:
         assert processor.increment(request.request_id).text == text
         finish(request, FinishReason.LENGTH)
         assert processor.end(request).text == text
+
+
+def test_an_output_is_kept_until_it_is_fetched() -> None:
+    """Once; and nothing is left of a request that is dropped, at any time."""
+    processor = OutputProcessor(TOKENIZER)
+    requests = [request_of(name, stop="x") for name in ("a", "b", "c")]
+    for request in requests:
+        processor.track(request, streaming=True)
+    assert processor.requests() == requests and processor.output("a") is None and processor.take("a") is None
+    for request in requests[:2]:
+        finish(request, FinishReason.ABORT)
+        processor.end(request)
+    assert processor.requests() == requests[2:]
+    output = processor.output("a")
+    assert output is not None and processor.take("a") is output and processor.take("a") is None
+    for request_id in ("b", "c", "unknown"):
+        processor.drop(request_id)
+    assert not processor._tracked and not processor._watched and not processor._outputs
+    processor.track(request_of("d", stop="x"), streaming=False)
+    processor.clear()
+    assert not processor._tracked and not processor._watched and not processor._outputs
+
+
+class Breaking(Tokenizer):
+    """Decoding raises from the call of this number on, ``times`` times."""
+
+    def __init__(self, error: BaseException, call: int, times: int = 1) -> None:
+        super().__init__(PreTrainedTokenizerFast(tokenizer_object=tiny_byte_level_tokenizer(), eos_token="</s>"))
+        self.error, self.calls, self.failing = error, 0, range(call, call + times)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise self.error
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def test_a_tokenizer_that_fails_ends_its_request_only() -> None:
+    """With the text that it had, and the error; others whose text is followed go on."""
+    processor = OutputProcessor(Breaking(RuntimeError("no such text"), call=3))
+    failing, other = request_of("failing"), request_of("other")
+    for request in (failing, other):
+        processor.track(request, streaming=True)
+    over = []
+    for token_id in letters("abc"):
+        append(failing, token_id)
+        append(other, token_id)
+        over.append(processor.advance())
+    assert over == [[], [failing], [failing]], "it is told of until it is ended"
+    for request in (failing, other):
+        finish(request, FinishReason.STOP if request is failing else FinishReason.LENGTH)
+    output = processor.end(failing)
+    assert (output.text, output.finish_reason, output.error) == ("a", "error", "RuntimeError: no such text")
+    output = processor.end(other)
+    assert (output.text, output.finish_reason, output.error) == ("abc", "length", None)
+
+
+def test_a_tokenizer_that_fails_at_the_end() -> None:
+    """There is an output all the same."""
+    for streaming in (False, True):
+        processor, request = OutputProcessor(Breaking(RuntimeError("no such text"), call=1, times=9)), request_of()
+        processor.track(request, streaming=streaming)
+        append(request, 50)
+        finish(request, FinishReason.LENGTH)
+        output = processor.end(request)
+        assert (output.text, output.finish_reason, output.error) == ("", "error", "RuntimeError: no such text")
+        assert output.token_ids == [50] and request.request_id not in processor
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupt_while_an_output_is_made(streaming: bool) -> None:
+    """It can be made again: whole, or with the error if it came in the middle of an incremental text."""
+    processor, request = OutputProcessor(Breaking(KeyboardInterrupt(), call=1)), request_of()
+    processor.track(request, streaming=streaming)
+    for token_id in letters("abc"):
+        append(request, token_id)
+    finish(request, FinishReason.LENGTH)
+    with pytest.raises(KeyboardInterrupt):
+        processor.end(request)
+    assert request.request_id in processor
+    output = processor.end(request)
+    expected = ("", "error", "KeyboardInterrupt: ") if streaming else ("abc", "length", None)
+    assert (output.text, output.finish_reason, output.error) == expected
+    assert request.request_id not in processor and processor.take(request.request_id) is output
+
+
+def test_an_interrupt_in_an_increment() -> None:
+    """Others that were read before or are read after it lose and repeat nothing."""
+    processor = OutputProcessor(Breaking(KeyboardInterrupt(), call=5))
+    requests = [request_of("first", stop="b"), request_of("second"), request_of("third")]
+    for request in requests:
+        processor.track(request, streaming=True)
+    a, b = letters("ab")
+    for token_id, over in ((a, []), (b, None)):
+        for request in requests:
+            append(request, token_id)
+        if over is None:
+            with pytest.raises(KeyboardInterrupt):
+                processor.advance()
+        else:
+            assert processor.advance() == over
+    assert processor.advance() == requests[:2], "the first has come to its stop string, the second goes no further"
+    assert [processor.increment(request.request_id).text for request in requests] == ["a", "a", "ab"]
+
+
+def test_tokens_that_nobody_read_before_the_end() -> None:
+    """The step in which they came broke off: the text has them, and ends at a stop string among them."""
+    for stop, expected in (("", ("abcd", "length")), ("c", ("ab", "stop"))):
+        processor, request = OutputProcessor(TOKENIZER), request_of(stop=stop or ())
+        processor.track(request, streaming=True)
+        for token_id in letters("abcd"):
+            append(request, token_id)
+        finish(request, FinishReason.LENGTH)
+        output = processor.end(request)
+        assert (output.text, output.finish_reason) == expected
+
+
+def test_a_text_that_was_complete_before_an_error() -> None:
+    """Its stop string was seen, then something else failed: it has all that was asked for."""
+    processor, request = OutputProcessor(TOKENIZER), request_of(stop="b")
+    processor.track(request, streaming=False)
+    assert feed(processor, request, letters("ab"))
+    finish(request, FinishReason.ERROR, "it broke")
+    output = processor.end(request)
+    assert (output.text, output.finish_reason, output.error) == ("a", "stop", None)
