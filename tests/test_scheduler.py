@@ -599,6 +599,17 @@ def test_fail_all_begins_anew() -> None:
     assert waiting.finish_reason is FinishReason.LENGTH and waiting.num_cached_tokens == 0
 
 
+def test_fail_all_leaves_those_alone_that_had_ended() -> None:
+    """An interrupt came just before one that had got all its tokens was struck off."""
+    engine = Engine()
+    request = engine.add("a", prompt_of(6), 2)
+    engine.finish()
+    engine.scheduler._requests["a"] = request
+    assert engine.scheduler.fail_all("it broke") == []
+    assert (request.finish_reason, request.error) == (FinishReason.LENGTH, None)
+    assert engine.scheduler.num_unfinished == 0
+
+
 def test_a_request_that_did_not_get_to_the_queue_can_be_ended() -> None:
     """An interrupt came in the middle of adding it."""
     engine = Engine()
