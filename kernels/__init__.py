@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mini_infer.kernels.norm import add_rmsnorm, rmsnorm
     from mini_infer.kernels.qkv_prologue import prepare_qkv
     from mini_infer.kernels.rotary import apply_rotary_emb
-    from mini_infer.kernels.sampling import philox_uniform, sample
+    from mini_infer.kernels.sampling import sample
+    from mini_infer.kernels.sampling_cpu import philox_uniform
 
 __all__ = [
     "LinearWeight",
@@ -41,7 +42,7 @@ _MODULE_OF = {
     "pack_linear": "linear",
     "paged_attention": "attention_decode",
     "paged_prefill_attention": "attention_prefill",
-    "philox_uniform": "sampling",
+    "philox_uniform": "sampling_cpu",
     "prepare_qkv": "qkv_prologue",
     "rmsnorm": "norm",
     "sample": "sampling",

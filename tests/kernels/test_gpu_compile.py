@@ -76,9 +76,10 @@ block_copy._launch_scatter_blocks(staged, slots, blocks)
 f = torch.ones(4)
 decode_frame._launch_embed_rows(slots, slots.int(), tables, h, 16)
 decode_frame._launch_advance_rows(slots, slots.int(), slots.int(), slots, f)
-sampling._launch_sample(torch.randn(4, 9000).bfloat16(), f, f.int(), f, f, slots, slots)
+for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.randn(4, 1).half()):
+    sampling._launch_sample(logits, f, f.int(), f, f, slots, slots)
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
-assert len(set(compiled)) == 17, set(compiled)
+assert len(set(compiled)) == 21, set(compiled)
 """
 
 

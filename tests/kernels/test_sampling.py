@@ -1,5 +1,7 @@
 """Sampling: exact sets, exact draws, the right distribution, one row's independence of the others."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,10 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from mini_infer.kernels import philox_uniform, sample
-from mini_infer.kernels.sampling import (
-    _launch_sample,
-    _order_key,
-    _philox_uniform,
-    _threshold_key,
-    kept_tokens_reference,
-)
+from mini_infer.kernels import philox_uniform, sample, sampling_wide
+from mini_infer.kernels.sampling import _launch_sample
+from mini_infer.kernels.sampling_cpu import kept_tokens_reference
+from mini_infer.kernels.sampling_search import philox_uniform_of
 
 
 def expand(rows, value, dtype, device):
@@ -104,36 +102,85 @@ def test_draw_is_the_inverse_cdf(backend, kind, cuts):
     torch.testing.assert_close(logprobs.cpu().double(), x.double().log_softmax(-1)[expected], atol=1e-5, rtol=1e-5)
 
 
-@triton.jit
-def _threshold_test_kernel(logits_ptr, out_ptr, vocab, highest, temperature, top_k, top_p, TILE: tl.constexpr):
-    """Writes 1 for each token that top-k and top-p keep."""
-    temperature = tl.cast(temperature, tl.float32)
-    highest = tl.cast(highest, tl.float32)
-    threshold = _threshold_key(logits_ptr, vocab, highest, temperature, top_k, top_p, TILE)
-    for start in range(0, vocab, TILE):
-        cols = start + tl.arange(0, TILE)
-        x = tl.load(logits_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)
-        tl.store(out_ptr + cols, (_order_key(x) >= threshold).to(tl.int32), mask=cols < vocab)
+WIDE_VOCAB = 16_001  # more than the kernels' candidates, and two spans of a wide row
 
 
-@pytest.mark.parametrize("kind", ["plain", "ties", "bfloat16", "masked"])
-@pytest.mark.parametrize(
-    "top_k,top_p", [(1, 1.0), (2, 1.0), (40, 1.0), (299, 1.0), (-1, 0.5), (-1, 0.999), (-1, 0.01), (40, 0.7)]
-)
-def test_kept_sets_in_triton(backend, kind, top_k, top_p):
-    if backend.name == "cpu":
-        pytest.skip("the CPU's sets have their own test")
-    x = hard_logits(kind, 300).to(backend.device)
-    out = torch.zeros(300, dtype=torch.int32, device=backend.device)
-    _threshold_test_kernel[(1,)](x, out, 300, float(x.max()), 0.8, top_k, top_p, TILE=128)
-    expected = torch.from_numpy(oracle_probs(x, temperature=0.8, top_k=top_k, top_p=top_p) > 0)
-    assert torch.equal((out.cpu() > 0) & (x.cpu() > float("-inf")), expected)
+def wide_logits(kind):
+    """Distributions that need different paths through the kernels; ids in the order of the logits but for "mixed"."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(WIDE_VOCAB, generator=generator).sort().values
+    if "mixed" in kind:
+        x = x[torch.randperm(WIDE_VOCAB, generator=generator)]
+    if kind == "peaked":
+        x[-1500:] += torch.linspace(4, 12, 1500)
+    if kind == "ties":
+        x = (x * 4).round() / 4
+    if kind == "equal":
+        x = torch.full_like(x, -2.5)
+    if kind == "masked":
+        x[: WIDE_VOCAB // 2] = float("-inf")
+    return x.bfloat16() if kind == "bfloat16" else x
+
+
+WIDE_KINDS = ["flat", "mixed", "peaked", "ties", "equal", "masked", "bfloat16"]
+WIDE_CUTS = [
+    {"top_k": 5},
+    {"top_k": 1500},
+    {"top_k": 12_000},
+    {"top_p": 0.0},
+    {"top_p": 0.9},
+    {"top_p": 0.3, "temperature": 0.4},
+    {"top_p": 0.999, "temperature": 2.0},
+    {"min_p": 0.05},
+    {"min_p": 1e-4, "temperature": 0.6},
+    {"top_p": 0.9, "min_p": 0.02},
+    {"top_k": 2000, "min_p": 0.01},
+    {"top_k": 700, "top_p": 0.6},
+    {"top_k": 9000, "top_p": 0.95, "min_p": 0.03},
+    {"top_k": 9000, "top_p": 0.5, "min_p": 0.3, "temperature": 3.0},
+]
+
+
+@functools.cache
+def seed_of_the_least_uniform():
+    """A seed whose uniform number at position 0 is below nearly any token's share of the weight: it draws the first."""
+    seeds = torch.arange(2_000_000)
+    return int(philox_uniform(seeds, torch.zeros_like(seeds)).argmin())
+
+
+@pytest.mark.parametrize("kind", [*WIDE_KINDS, "mixed, no room"])
+def test_wide_rows(backend, monkeypatch, kind):
+    """The first kept token, which for sorted logits is the last that the cuts keep; and draws from all of the set."""
+    if "no room" in kind:  # for any list
+        monkeypatch.setattr(sampling_wide, "LISTED", WIDE_VOCAB)
+    x = wide_logits(kind)
+    draws = 1 if backend.small else 7
+    seeds = [seed_of_the_least_uniform(), *range(draws)] * len(WIDE_CUTS)
+    each = [cuts for cuts in WIDE_CUTS for _ in range(draws + 1)]
+    columns = {
+        name: [cuts.get(name, default) for cuts in each]
+        for name, default in (("temperature", 1.0), ("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
+    }
+    logits = x.expand(len(each), -1).contiguous().to(backend.device)
+    token_ids, logprobs = run(backend, logits, **columns, seeds=seeds)
+    uniform = philox_uniform(torch.tensor(seeds), torch.zeros(len(seeds), dtype=torch.int64)).tolist()
+    for row, cuts in enumerate(each):
+        token = int(token_ids[row])
+        probs = oracle_probs(x, **cuts)
+        assert probs[token] > 0, cuts
+        first = int(np.flatnonzero(probs)[0])
+        if probs[first] > 2 * uniform[row]:
+            assert token == first, cuts
+        cdf = np.cumsum(probs)
+        assert cdf[token] - probs[token] - 5e-5 <= uniform[row] <= cdf[token] + 5e-5, cuts
+    expected = x.double().log_softmax(-1)[token_ids.cpu()]
+    torch.testing.assert_close(logprobs.cpu().double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @triton.jit
 def _philox_test_kernel(seed_ptr, position_ptr, out_ptr):
     row = tl.program_id(0)
-    tl.store(out_ptr + row, _philox_uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row)))
+    tl.store(out_ptr + row, philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row)))
 
 
 def test_philox_is_bit_equal_in_triton(backend):
@@ -199,9 +246,9 @@ def test_greedy(backend, vocab, dtype):
     torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_row_does_not_depend_on_the_batch(backend):
+@pytest.mark.parametrize("vocab", [2500, 9001])  # two chunks; wide rows
+def test_row_does_not_depend_on_the_batch(backend, vocab):
     """Greedy, plain and cut rows, alone and together: bit-equal."""
-    vocab = 2500  # two chunks
     x = torch.randn(5, vocab, device=backend.device) * 2
     each = {
         "temperature": [0.0, 1.0, 0.8, 1.2, 1.0],

@@ -1,0 +1,326 @@
+"""Sampling of a row with cuts from its few best tokens, which is where nearly all rows of a language model end.
+
+The first pass leaves the largest logit of every group of 32 consecutive tokens. The 257th largest of these is a bound
+that at most 256 groups go past: together they hold every token above it, 8192 candidates that fit in the registers of
+one program. If top-k, top-p and min-p cut above the bound, thresholds and the draw come from the candidates alone, and
+nothing else of the row is read again. What decides is exact: the number of candidates, and their weight against that of
+the whole row. The other rows are wide; see `sampling_wide`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mini_infer.kernels import dependent_launch
+from mini_infer.kernels.common import cdiv, next_power_of_2
+from mini_infer.kernels.dependent_launch import release, wait
+from mini_infer.kernels.sampling_search import (
+    KEY_SHIFT,
+    RowParams,
+    first_past,
+    key_value,
+    lowest_key,
+    min_p_key,
+    order_key,
+    philox_uniform_of,
+    reach_key,
+    top_p_target,
+    weigh,
+    weight_scale,
+)
+
+GROUP = 32  # tokens
+BEST = 256  # groups
+PIVOTS = 8
+_RUNS, _RUN = 64, 128  # the sample of a wide row: so many stretches of so many tokens
+
+
+@triton.jit
+def _group_keys(group_ptr, groups, SHIFT: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """The keys of the groups' maxima, and 1 for each group that there is: [BLOCK_GROUPS] int32 and float32."""
+    group = tl.arange(0, BLOCK_GROUPS)
+    maxima = tl.load(group_ptr + group, mask=group < groups, other=float("-inf")).to(tl.float32)
+    return order_key(maxima, SHIFT), tl.where(group < groups, 1.0, 0.0)
+
+
+@triton.jit
+def _candidates(
+    row_ptr,
+    group_ptr,
+    best_ptr,
+    vocab,
+    highest,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BEST: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """All tokens of a row whose key is at least `bound`, in order of the vocabulary.
+
+    Args:
+        row_ptr: The row's logits.
+        group_ptr: The row's group maxima.
+        best_ptr: [BEST] int32, scratch of this row.
+
+    Returns:
+        (tokens, keys, logits, whether one is a candidate: each [BEST * GROUP]; bound)
+    """
+    groups = tl.cdiv(vocab, GROUP)
+    key, one = _group_keys(group_ptr, groups, SHIFT, BLOCK_GROUPS)
+    top = order_key(highest, SHIFT) + 1
+    bound = lowest_key(SHIFT)
+    if groups > BEST:
+        bound = reach_key(key, one, BEST + 1.0, tl.min(key, axis=0), top) + 1
+    is_best = (key >= bound) & (one > 0.0)
+    place = tl.cumsum(is_best.to(tl.int32), axis=0) - 1
+    tl.store(best_ptr + place, tl.arange(0, BLOCK_GROUPS), mask=is_best)
+    tl.debug_barrier()  # the threads read what others of them wrote
+    lane = tl.arange(0, BEST * GROUP)
+    filled = lane // GROUP < tl.sum(is_best.to(tl.int32), axis=0)
+    tokens = tl.load(best_ptr + lane // GROUP, mask=filled, other=0) * GROUP + lane % GROUP
+    x = tl.load(row_ptr + tokens, mask=filled & (tokens < vocab), other=float("-inf")).to(tl.float32)
+    keys = order_key(x, SHIFT)
+    return tokens, keys, x, filled & (tokens < vocab) & (keys >= bound), bound
+
+
+@triton.jit
+def _draw(tokens, keys, weight, one, bound, top, vocab, total, everything, top_k, top_p, floor, uniform):
+    """A token of a row with cuts, from its candidates.
+
+    Args:
+        weight, one: 0 for what is no candidate; otherwise its weight, and 1.
+        top: Above all keys.
+        total: Weight of the row.
+        everything: Whether all tokens are candidates.
+        floor: The smallest key that min-p keeps.
+
+    Returns:
+        (token, whether it is right: whether the cuts fall among the candidates)
+    """
+    with_k = (top_k > 0) & (top_k < vocab)
+    with_p = top_p < 1.0
+    reached = with_p & (tl.sum(weight, axis=0) >= top_p_target(top_p, total))
+    if with_k:
+        reached = tl.sum(one, axis=0) >= top_k
+    settled = everything | reached | ((floor >= bound) & ((with_k & with_p) == 0))
+
+    threshold = bound
+    if with_k:
+        threshold = reach_key(keys, one, top_k.to(tl.float32), bound, top)
+    if with_p:
+        kept_weight = tl.sum(tl.where(keys >= threshold, weight, 0.0), axis=0)
+        target = top_p_target(top_p, tl.where(with_k | everything, kept_weight, total))
+        threshold = reach_key(keys, weight, target, threshold, top)
+    kept = tl.where(keys >= tl.maximum(threshold, floor), weight, 0.0)
+    return first_past(tokens, kept, 0.0, uniform * tl.sum(kept, axis=0), vocab), settled
+
+
+@triton.jit
+def _choose_pivots(
+    row_ptr,
+    group_ptr,
+    vocab,
+    highest,
+    temperature,
+    total,
+    bound,
+    counted,
+    weighed,
+    top_k,
+    top_p,
+    floor,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """The keys to measure a wide row at, [PIVOTS], in no order: one that the thresholds cannot be below; that of min-p;
+    and six about where a sample of the row has its threshold.
+
+    Args:
+        total: Weight of the row.
+        bound: A key that the thresholds are below, or that all of top-k and top-p is unknown from.
+        counted, weighed: Number and weight of the tokens from `bound` upwards.
+        floor: The smallest key that min-p keeps.
+    """
+    with_k = (top_k > 0) & (top_k < vocab)
+    scale = weight_scale(temperature)
+    sample = tl.arange(0, RUNS * RUN)
+    x = tl.load(row_ptr + sample // RUN * (vocab // RUNS) + sample % RUN).to(tl.float32)
+    key = order_key(x, SHIFT)
+    if with_k:
+        # k groups have a token at least as large as the k-th largest of their maxima.
+        groups_key, one = _group_keys(group_ptr, tl.cdiv(vocab, GROUP), SHIFT, BLOCK_GROUPS)
+        top = order_key(highest, SHIFT) + 1
+        lowest = reach_key(groups_key, one, top_k.to(tl.float32), lowest_key(SHIFT), top)
+        measure = tl.where(key < bound, 1.0, 0.0)
+        share = (top_k - counted) / (vocab - counted)
+    else:
+        # All tokens below weigh less than what top-p may leave out; e for what rounding adds.
+        lowest_value = highest + temperature * (tl.log((1.0 - top_p) * total / vocab) - 1.0)
+        lowest = order_key(lowest_value, SHIFT)
+        measure = tl.where(key < bound, weigh(x, highest, scale), 0.0)
+        share = (top_p * total - weighed) / (total - weighed)
+    lowest = tl.minimum(lowest, bound)
+    # Several times the sample's own error, which for top-p comes from the few heavy tokens: little is left of it where
+    # little is cut off.
+    slack = tl.minimum(tl.where(with_k, 0.03, 0.08), 0.5 * (1.0 - share))
+    sampled = tl.sum(measure, axis=0)
+    low = reach_key(key, measure, (share + slack) * sampled, lowest, bound)
+    high = reach_key(key, measure, tl.maximum(share - slack, 0.0) * sampled, lowest, bound) + 1
+    low_value = key_value(low, SHIFT)
+    smallest = tl.min(tl.where(x > float("-inf"), x, highest), axis=0)
+    low_value = tl.where(low_value > float("-inf"), low_value, smallest)
+    high_value = tl.minimum(key_value(high, SHIFT), highest)
+    index = tl.arange(0, PIVOTS)
+    part = tl.maximum(index - 2, 0) / (PIVOTS - 3)
+    spread = order_key(low_value * (1.0 - part) + high_value * part, SHIFT)
+    return tl.where(index == 0, lowest, tl.where(index == 1, floor, spread))
+
+
+@triton.jit
+def _candidates_kernel(
+    logits_ptr,  # [rows, vocab], strided
+    group_ptr,  # [rows, groups], strided, type of the logits: the largest of each group
+    todo_ptr,  # [rows] int32: 1 for rows with cuts; becomes 2 for wide rows
+    stats_ptr,  # [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exponentials
+    temperature_ptr,  # [rows], and the next five
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    position_ptr,
+    best_ptr,  # [rows, BEST] int32, scratch
+    pivot_ptr,  # [rows, PIVOTS] int32: written for wide rows
+    token_ptr,  # [rows] int64: written for the others with cuts
+    logprob_ptr,  # [rows] float32: likewise
+    stride_row,
+    group_stride_row,
+    vocab,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BEST: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(todo_ptr + row) == 0:
+        return
+    highest = tl.load(stats_ptr + row * 3)
+    total = tl.load(stats_ptr + row * 3 + 1)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    scale = weight_scale(temperature)
+    floor = min_p_key(tl.load(min_p_ptr + row), highest, scale, SHIFT)
+    uniform = philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+    row_ptr = logits_ptr + row * stride_row
+    groups_ptr = group_ptr + row * group_stride_row
+    tokens, keys, x, inside, bound = _candidates(
+        row_ptr, groups_ptr, best_ptr + row * BEST, vocab, highest, SHIFT, GROUP, BEST, BLOCK_GROUPS
+    )
+    weight = tl.where(inside, weigh(x, highest, scale), 0.0)
+    one = inside.to(tl.float32)
+    token, settled = _draw(
+        tokens,
+        keys,
+        weight,
+        one,
+        bound,
+        order_key(highest, SHIFT) + 1,
+        vocab,
+        total,
+        vocab <= BEST * GROUP,
+        top_k,
+        top_p,
+        floor,
+        uniform,
+    )
+    if settled:
+        tl.store(token_ptr + row, token.to(tl.int64))
+        tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - tl.load(stats_ptr + row * 3 + 2))
+    else:
+        pivots = _choose_pivots(
+            row_ptr,
+            groups_ptr,
+            vocab,
+            highest,
+            temperature,
+            total,
+            bound,
+            tl.sum(one, axis=0),
+            tl.sum(weight, axis=0),
+            top_k,
+            top_p,
+            floor,
+            SHIFT,
+            GROUP,
+            BLOCK_GROUPS,
+            PIVOTS,
+            RUNS,
+            RUN,
+        )
+        tl.store(pivot_ptr + row * PIVOTS + tl.arange(0, PIVOTS), pivots)
+        tl.store(todo_ptr + row, 2)
+
+
+def launch_candidates(
+    logits: Tensor,
+    groups: Tensor,
+    todo: Tensor,
+    stats: Tensor,
+    params: RowParams,
+    token_ids: Tensor,
+    logprobs: Tensor,
+) -> Tensor:
+    """Draw for the rows with cuts but for the wide ones.
+
+    Args:
+        logits: [rows, vocab].
+        groups: [rows, at least the groups of vocab], type of the logits: the largest logit of each group.
+        todo: [rows] int32, 1 for rows with cuts; set to 2 for wide rows.
+        stats: [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exponentials.
+        params: How to sample.
+        token_ids: [rows] int64, written for these rows.
+        logprobs: [rows] float32, likewise.
+
+    Returns:
+        [rows, PIVOTS] int32, for `launch_wide`.
+    """
+    rows, vocab = logits.shape
+    best = torch.empty((rows, BEST), dtype=torch.int32, device=logits.device)
+    pivots = torch.empty((rows, PIVOTS), dtype=torch.int32, device=logits.device)
+    _candidates_kernel[(rows,)](
+        logits,
+        groups,
+        todo,
+        stats,
+        *params,
+        best,
+        pivots,
+        token_ids,
+        logprobs,
+        logits.stride(0),
+        groups.stride(0),
+        vocab,
+        SHIFT=KEY_SHIFT[logits.dtype],
+        GROUP=GROUP,
+        BEST=BEST,
+        BLOCK_GROUPS=next_power_of_2(cdiv(vocab, GROUP)),
+        PIVOTS=PIVOTS,
+        RUNS=_RUNS,
+        RUN=_RUN,
+        num_warps=16,
+        **dependent_launch.options(),
+    )
+    return pivots
