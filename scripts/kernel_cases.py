@@ -76,8 +76,8 @@ def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     return rotated(q), rotated(k)
 
 
-def plain_sample(logits: Tensor, temperature: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Top-k and top-p by sorting, then a draw."""
+def plain_sample(logits: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Top-k and top-p by sorting, min-p, then a draw."""
     scaled = logits.float() / temperature[:, None]
     if top_k > 0:
         scaled = scaled.masked_fill(scaled < scaled.topk(top_k, -1).values[:, -1:], float("-inf"))
@@ -86,6 +86,8 @@ def plain_sample(logits: Tensor, temperature: Tensor, top_k: int, top_p: float) 
         probs = ordered.softmax(-1)
         dropped = probs.cumsum(-1) - probs >= top_p
         scaled = ordered.masked_fill(dropped, float("-inf")).gather(-1, index.argsort(-1))
+    if min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
     return torch.multinomial(scaled.softmax(-1), 1)
 
 
@@ -283,27 +285,60 @@ def plain_attention(query: Tensor, pool: Tensor, tables: Tensor, *, causal: bool
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """How to sample a row."""
+
+    temperature: float = 0.6
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
 def sampling_cases() -> Iterator[Case]:
-    """256 rows of a large vocabulary."""
-    logits = randn(256, 151936)
-    yield sampling_case("greedy", logits, 0.0, -1, 1.0)
-    yield sampling_case("all", logits, 0.6, -1, 1.0)
-    yield sampling_case("k 50, p 0.9", logits, 0.6, 50, 0.9)
+    """256 rows of a large vocabulary: with few likely tokens, as a language model has them, and with very many."""
+    flat = randn(256, 151936)
+    peaked = flat.clone()
+    peaked[:, torch.randperm(flat.shape[1], device="cuda")[:100]] += torch.linspace(
+        4, 12, 100, device="cuda"
+    ).bfloat16()
+    settings = {
+        "greedy": Cuts(temperature=0.0),
+        "all": Cuts(),
+        "k 50": Cuts(top_k=50),
+        "p 0.9": Cuts(top_p=0.9),
+        "min-p 0.05": Cuts(min_p=0.05),
+        "k 50, p 0.9": Cuts(top_k=50, top_p=0.9),
+    }
+    for name, logits in (("peaked", peaked), ("flat", flat)):
+        for setting, cuts in settings.items():
+            yield sampling_case(f"{name}, {setting}", logits, [cuts])
+    yield sampling_case("peaked, mixed", peaked, list(settings.values()))
+    yield sampling_case("flat, k 5000", flat, [Cuts(top_k=5000)])
+    yield sampling_case("32 of them flat, p 0.9", flat, [*[Cuts(temperature=0.0)] * 7, Cuts(top_p=0.9)])
 
 
-def sampling_case(name: str, logits: Tensor, temperature: float, top_k: int, top_p: float) -> Case:
-    """One way to sample."""
+def sampling_case(name: str, logits: Tensor, cuts: Sequence[Cuts]) -> Case:
+    """Rows with these cuts in turn; the plain ops cut all rows like the last."""
     rows, vocab = logits.shape
-    ones, seeds = torch.ones(rows, device="cuda"), torch.arange(rows, device="cuda")
-    heat, keep, mass, floor = ones * temperature, (ones * top_k).int(), ones * top_p, ones * 0
+    seeds = torch.arange(rows, device="cuda")
+    each = [cuts[row % len(cuts)] for row in range(rows)]
+    temperature = torch.tensor([cut.temperature for cut in each], device="cuda")
+    top_k = torch.tensor([cut.top_k for cut in each], dtype=torch.int32, device="cuda")
+    top_p = torch.tensor([cut.top_p for cut in each], device="cuda")
+    min_p = torch.tensor([cut.min_p for cut in each], device="cuda")
+    last = cuts[-1]
 
     def plain(_: int) -> Tensor:
-        return plain_sample(logits, heat, top_k, top_p) if temperature else logits.argmax(-1)
+        if last.temperature == 0.0:
+            return logits.argmax(-1)
+        heat = torch.full_like(temperature, last.temperature)
+        return plain_sample(logits, heat, last.top_k, last.top_p, last.min_p)
 
     return Case(
         "sample",
         f"{rows} x {vocab} {name}",
-        lambda _: sample(logits, heat, keep, mass, floor, seeds, seeds),
+        lambda _: sample(logits, temperature, top_k, top_p, min_p, seeds, seeds),
         plain,
         size(logits),
     )
