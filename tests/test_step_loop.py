@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,13 @@ class Case:
         self.runner = Runner(self.expected)
         self.loop = StepLoop(self.scheduler, self.runner, self.processor, steps_in_flight)  # type: ignore[arg-type]
         self.texts: dict[str, tuple[str, str]] = {}  # text and finish reason
+        self.broke_at = ""  # the line at which it was interrupted
+        self.returned: list[str] = []  # whose outputs `step` has returned
+
+    def step(self) -> list[GenerateOutput]:
+        outputs = self.loop.step()
+        self.returned += [output.request_id for output in outputs]
+        return outputs
 
     def add(
         self, name: str, prompt: Sequence[int], max_tokens: int, *, stop_at: int = 0, streaming: bool = False
@@ -105,7 +113,7 @@ class Case:
         for _ in range(300):
             if not self.loop.has_work:
                 return
-            yield from self.loop.step()
+            yield from self.step()
         raise AssertionError("the loop comes to no end")
 
     def check(self, output: GenerateOutput, *errors: str) -> None:
@@ -122,7 +130,7 @@ class Case:
 
     def check_nothing_is_left(self) -> None:
         while self.loop._in_flight:
-            self.loop.step()
+            self.step()
         assert not self.loop.has_work
         manager = self.scheduler.block_manager
         manager.check_integrity()
@@ -186,7 +194,7 @@ def run(act: Act, num_steps: int, lines: Lines, **options: Any) -> Case:
     case = Case(**options)
     case.add_all()
     for _ in range(num_steps):
-        case.loop.step()
+        case.step()
     with lines.watched():
         act(case)
     return case
@@ -211,11 +219,12 @@ def interrupt_everywhere(act: Act, steps: Sequence[int], check: Callable[[Case],
         case = Case(**options)
         case.add_all()
         for _ in range(num_steps):
-            case.loop.step()
+            case.step()
         lines = Lines(index)
         with lines.watched(), pytest.raises(KeyboardInterrupt):
             act(case)
         where = lines.seen[-1]
+        case.broke_at = linecache.getline(*where).strip()
         try:
             check(case)
         except BaseException as error:
@@ -225,6 +234,9 @@ def interrupt_everywhere(act: Act, steps: Sequence[int], check: Callable[[Case],
 
 def everybody_gets_an_output(case: Case) -> None:
     list(case.drive())
+    assert len(set(case.returned)) == len(case.returned)
+    if case.broke_at != "return outputs":  # else they never got to the caller, who can still fetch them
+        assert set(case.returned) == set(case.expected)
     for name in case.expected:
         output = case.processor.take(name)
         assert output is not None, f"{name} has no output"
@@ -248,7 +260,7 @@ def test_the_case_is_a_hard_one(steps_in_flight: int, preemption: str) -> None:
     case.add_all()
     steps = []
     while case.loop.has_work:
-        steps.append(case.loop.step())
+        steps.append(case.step())
     assert case.scheduler.num_preemptions[preemption] > 0
     assert len(steps) < NUM_STEPS
     outputs = [output for step in steps for output in step]
@@ -267,7 +279,7 @@ def test_the_case_is_a_hard_one(steps_in_flight: int, preemption: str) -> None:
     "options", [{"preemption": "swap"}, {"preemption": "recompute", "steps_in_flight": 1}], ids=str
 )
 def test_an_interrupt_at_any_line_of_a_step(options: dict[str, Any], check: Callable[[Case], None]) -> None:
-    count = interrupt_everywhere(lambda case: case.loop.step(), range(NUM_STEPS), check, **options)
+    count = interrupt_everywhere(lambda case: case.step(), range(NUM_STEPS), check, **options)
     assert count > 300
 
 
@@ -349,11 +361,11 @@ def test_an_error_ends_those_it_concerns(monkeypatch: pytest.MonkeyPatch, place:
     """`step` returns them, and raises nothing."""
     case = Case()
     case.add_all()
-    outputs = [output for _ in range(num_steps) for output in case.loop.step()]
+    outputs = [output for _ in range(num_steps) for output in case.step()]
     owner = case.runner if place in ("prepare", "execute") else case.scheduler
     called_with = fail_once(monkeypatch, owner, place, RuntimeError("fire"))
     begun = {request.request_id for request in case.processor.requests() if request.slot != NO_SLOT}
-    failed = case.loop.step()
+    failed = case.step()
     assert failed and {output.error for output in failed} == {"RuntimeError: fire"}
     if place == "execute":  # nothing but the step is lost
         assert {output.request_id for output in failed} == set(called_with[0].request_ids)
@@ -368,6 +380,30 @@ def test_an_error_ends_those_it_concerns(monkeypatch: pytest.MonkeyPatch, place:
     case.check_it_works_on()
 
 
+def test_tokens_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not asked for again."""
+    case = Case()
+    case.add_all()
+    execute = case.runner.execute
+
+    def failing(outputs: SchedulerOutputs) -> Handle:
+        handle = execute(outputs)
+        if outputs.step == 7:
+            del handle.sampled
+        return handle
+
+    monkeypatch.setattr(case.runner, "execute", failing)
+    outputs = list(case.drive())
+    assert sorted(output.request_id for output in outputs) == sorted(case.expected)
+    message = "AttributeError: 'Handle' object has no attribute 'sampled'"
+    for output in outputs:
+        case.check(output, message)
+        case.processor.take(output.request_id)
+    assert message in [output.error for output in outputs]
+    case.check_nothing_is_left()
+    case.check_it_works_on()
+
+
 def test_an_error_that_ends_nobody_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a step that always fails would be tried for ever."""
     case = Case()
@@ -375,7 +411,7 @@ def test_an_error_that_ends_nobody_is_the_callers(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         fail_once(monkeypatch, case.scheduler, "schedule", RuntimeError("fire"))
         with pytest.raises(RuntimeError, match="fire"):
-            case.loop.step()
+            case.step()
     for output in case.drive():
         case.check(output)
         assert case.processor.take(output.request_id) is output
@@ -406,12 +442,12 @@ def test_outputs_of_a_step_that_was_interrupted_come_with_the_next(monkeypatch: 
         case.add("b", [2], 1)
         fail_once(monkeypatch, case.processor, "advance", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            case.loop.step()
+            case.step()
         assert case.scheduler.num_unfinished == 0 and case.loop.has_work
         if fetched:
             assert case.processor.take("a") is not None
-        assert [output.request_id for output in case.loop.step()] == (["b"] if fetched else ["a", "b"])
-        assert not case.loop.has_work and case.loop.step() == []
+        assert [output.request_id for output in case.step()] == (["b"] if fetched else ["a", "b"])
+        assert not case.loop.has_work and case.step() == []
 
 
 def test_two_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,11 +456,11 @@ def test_two_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
         case = Case()
         case.add_all()
         for _ in range(8):
-            case.loop.step()
+            case.step()
         fail_once(monkeypatch, case.runner, "prepare", KeyboardInterrupt("first"))
         fail_once(monkeypatch, case.scheduler if second == "fail_all" else case.processor, second, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            case.loop.step()
+            case.step()
         assert case.loop.has_work
         list(case.drive())
         for name in case.expected:
@@ -470,7 +506,7 @@ def test_aborting_and_forgetting() -> None:
     case = Case()
     case.add_all()
     for _ in range(6):
-        case.loop.step()
+        case.step()
     before = case.loop.num_finished
     case.loop.abort("streamed")
     case.loop.forget("stopped")
