@@ -214,7 +214,7 @@ def test_state_follows_the_edits(weights: Weights) -> None:
         state = list(zip(rows.seq_lens.tolist(), rows.sampling.seeds.tolist(), rows.active.tolist(), strict=True))
         tokens = rows.token_ids.tolist()
         for r in range(MAX_ROWS):
-            assert state[r] == ((*expected[r], 1) if r in expected else (1, 0, 0))
+            assert state[r] == ((*expected[r], 1) if r in expected else (0, 0, 0))
             assert r in expected or tokens[r] == 0
 
 
