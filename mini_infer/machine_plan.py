@@ -16,7 +16,7 @@ from mini_infer.exceptions import ConfigError
 PlanKey = Mapping[str, str]
 """Everything that the measurements depend on: model shape, options, GPU, versions."""
 
-MIN_SAVING = 0.02
+MIN_SAVING = 0.01
 """Share of a step's cost that a bucket must save to be worth its graph: less is within what a step's time varies by."""
 
 
