@@ -74,9 +74,8 @@ def _measure_kernel(
     each = tl.arange(0, EACH)[None, None, :]
     out = measure_ptr + row * 2 * PIVOTS * spans + pivot * spans
     for index in range(tl.program_id(1), spans, tl.num_programs(1)):
-        span = (
-            spans - 1 - index
-        )  # the L2 cache has the end of the row from the first pass, and its beginning for the next
+        # Backwards: the L2 cache has the row's end from the pass before, and its beginning for the next.
+        span = spans - 1 - index
         count = tl.zeros([PIVOTS, LANES], tl.float32)
         weight = tl.zeros([PIVOTS, LANES], tl.float32)
         for start in range(0, SPAN, LANES * EACH):

@@ -16,6 +16,7 @@ from mini_infer.metrics import EngineStats
 from mini_infer.output_processor import OutputProcessor
 from mini_infer.outputs import GenerateOutput, StreamIncrement
 from mini_infer.request import Request
+from mini_infer.runner import give_back_memory
 from mini_infer.sampling import SamplingParams
 from mini_infer.startup import EngineParts, assemble
 from mini_infer.stats import snapshot
@@ -279,6 +280,7 @@ class LLMEngine:
             self._parts.runner.synchronize()
         self._parts = self._loop = None
         self._processor.clear()
+        give_back_memory()
 
     def __enter__(self) -> LLMEngine:
         return self

@@ -268,3 +268,9 @@ class ModelRunner:
         """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def give_back_memory() -> None:
+    """Return to the GPU, where there is one, what PyTorch's allocator keeps and nobody uses."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from mini_infer.loader import ModelFiles, find_model, load_params, read_model_fi
 from mini_infer.machine_plan import MachinePlan, PlanStore
 from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
 from mini_infer.metrics import PhaseClock, StartupReport
-from mini_infer.runner import ModelRunner
+from mini_infer.runner import ModelRunner, give_back_memory
 from mini_infer.scheduler import Scheduler
 from mini_infer.shape import Shape, choose_device
 from mini_infer.step import CaptureRecord, StepKind
@@ -87,8 +87,7 @@ def _assemble(config: EngineConfig) -> EngineParts:
     shape = Shape.of(config, files.spec)
     log_dtype(shape)
     clock.mark("config")
-    if shape.device.type == "cuda":
-        torch.cuda.empty_cache()  # what an engine before this one left would be counted as weights
+    give_back_memory()  # what an engine before this one left would be counted as weights
     params, tokenizer = _load(shape, files, clock)
     builder = RunnerBuilder(shape, params)
     stored = load_machine_plan(shape)
