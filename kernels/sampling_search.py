@@ -1,4 +1,5 @@
-"""What the sampling kernels have in common: weights, keys in the order of the logits, searches and draws in registers.
+"""What the sampling kernels have in common: weights, keys in the order of the logits, searches in registers
+and over lists, draws.
 
 A key is the order-preserving integer of a logit, without the low bits that are the same for all values of its type. So
 a search by halves over keys finds a threshold exactly, in 16 steps at most for bfloat16.
@@ -103,6 +104,98 @@ def min_p_key(min_p, highest, scale, SHIFT: tl.constexpr):
             high = tl.where(kept, pivot, high)
         low = high
     return low
+
+
+@triton.jit
+def at_key(key, pivots, values):
+    """`values` [PIVOTS, n] at the pivot that is this key, [n]; 0 if none is."""
+    return tl.max(tl.where((pivots == key)[:, None], values, 0.0), axis=0)
+
+
+@triton.jit
+def around_thresholds(pivots, counts, weights, vocab, total, top_k, top_p, floor, top):
+    """(low, high): top-k's and top-p's thresholds are in [low, high), as far as they are not below `floor`."""
+    with_k = (top_k > 0) & (top_k < vocab)
+    with_p = top_p < 1.0
+    low = tl.min(pivots, axis=0)
+    high = low
+    target = top_p_target(top_p, total)
+    if with_k:
+        enough = counts >= top_k
+        low = tl.max(tl.where(enough, pivots, low), axis=0)
+        high = tl.min(tl.where(enough, top, pivots), axis=0)
+        # Top-p's target is not known before the threshold of top-k, only that it is not less than this.
+        target = top_p_target(top_p, tl.max(tl.where(pivots == high, weights, 0.0), axis=0))
+    if with_p:
+        enough = weights >= target
+        high = tl.min(tl.where(enough, top, pivots), axis=0)
+        if with_k == 0:
+            low = tl.max(tl.where(enough, pivots, low), axis=0)
+    if (with_k & with_p) == 0:
+        low = tl.maximum(low, floor)
+        high = tl.maximum(high, floor)
+    return low, high
+
+
+@triton.jit
+def measure_list(source_ptr, length, low, high, highest, scale, SHIFT: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(number, weight) of the first `length` logits of a list that have a key in [low, high)."""
+    count = tl.zeros([AT_ONCE], tl.float32)
+    weight = tl.zeros([AT_ONCE], tl.float32)
+    for start in range(0, length, AT_ONCE):
+        place = start + tl.arange(0, AT_ONCE)
+        x = tl.load(source_ptr + place, mask=place < length, other=float("-inf")).to(tl.float32)
+        key = order_key(x, SHIFT)
+        inside = (key >= low) & (key < high) & (place < length)
+        count += inside.to(tl.float32)
+        weight += tl.where(inside, weigh(x, highest, scale), 0.0)
+    return tl.sum(count, axis=0), tl.sum(weight, axis=0)
+
+
+@triton.jit
+def search_list(
+    source_ptr,
+    length,
+    low,
+    high,
+    count_above,
+    weight_above,
+    vocab,
+    total,
+    top_k,
+    top_p,
+    highest,
+    scale,
+    SHIFT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The smallest key in [low, high) that top-k and top-p keep, as `reach_key`, over a list.
+
+    Args:
+        count_above, weight_above: Of the tokens from `high` upwards, whether the list has them or not.
+    """
+    threshold = low
+    target = top_p_target(top_p, total)
+    if (top_k > 0) & (top_k < vocab):
+        end = high
+        while threshold + 1 < end:
+            pivot = middle(threshold, end)
+            count, _ = measure_list(source_ptr, length, pivot, high, highest, scale, SHIFT, AT_ONCE)
+            enough = count_above + count >= top_k
+            threshold = tl.where(enough, pivot, threshold)
+            end = tl.where(enough, end, pivot)
+        if top_p < 1.0:
+            _, weight = measure_list(source_ptr, length, threshold, high, highest, scale, SHIFT, AT_ONCE)
+            target = top_p_target(top_p, weight_above + weight)
+    if top_p < 1.0:
+        end = high
+        while threshold + 1 < end:
+            pivot = middle(threshold, end)
+            _, weight = measure_list(source_ptr, length, pivot, high, highest, scale, SHIFT, AT_ONCE)
+            enough = weight_above + weight >= target
+            threshold = tl.where(enough, pivot, threshold)
+            end = tl.where(enough, end, pivot)
+    return threshold
 
 
 @triton.jit

@@ -24,13 +24,16 @@ from mini_infer.kernels.sampling_candidates import PIVOTS
 from mini_infer.kernels.sampling_search import (
     KEY_SHIFT,
     RowParams,
+    around_thresholds,
+    at_key,
     first_past,
     key_value,
+    measure_list,
     middle,
     min_p_key,
     order_key,
     philox_uniform_of,
-    top_p_target,
+    search_list,
     weigh,
     weight_scale,
 )
@@ -90,37 +93,6 @@ def _measure_kernel(
 
 
 @triton.jit
-def _at_key(key, pivots, values):
-    """`values` [PIVOTS, n] at the pivot that is this key, [n]; 0 if none is."""
-    return tl.max(tl.where((pivots == key)[:, None], values, 0.0), axis=0)
-
-
-@triton.jit
-def _around_thresholds(pivots, counts, weights, vocab, total, top_k, top_p, floor, top):
-    """(low, high): top-k's and top-p's thresholds are in [low, high), as far as they are not below `floor`."""
-    with_k = (top_k > 0) & (top_k < vocab)
-    with_p = top_p < 1.0
-    low = tl.min(pivots, axis=0)
-    high = low
-    target = top_p_target(top_p, total)
-    if with_k:
-        enough = counts >= top_k
-        low = tl.max(tl.where(enough, pivots, low), axis=0)
-        high = tl.min(tl.where(enough, top, pivots), axis=0)
-        # Top-p's target is not known before the threshold of top-k, only that it is not less than this.
-        target = top_p_target(top_p, tl.max(tl.where(pivots == high, weights, 0.0), axis=0))
-    if with_p:
-        enough = weights >= target
-        high = tl.min(tl.where(enough, top, pivots), axis=0)
-        if with_k == 0:
-            low = tl.max(tl.where(enough, pivots, low), axis=0)
-    if (with_k & with_p) == 0:
-        low = tl.maximum(low, floor)
-        high = tl.maximum(high, floor)
-    return low, high
-
-
-@triton.jit
 def _wide_row(
     pivot_ptr,
     measure_ptr,
@@ -136,7 +108,7 @@ def _wide_row(
     PIVOTS: tl.constexpr,
     BLOCK_SPANS: tl.constexpr,
 ):
-    """(pivots [PIVOTS], counts and weights [PIVOTS, BLOCK_SPANS], low, high, floor) of a wide row."""
+    """(pivots [PIVOTS], counts and weights [PIVOTS, BLOCK_SPANS], low, high, floor, highest, scale) of a wide row."""
     highest = tl.load(stats_ptr + row * 3)
     scale = weight_scale(tl.load(temperature_ptr + row))
     floor = min_p_key(tl.load(min_p_ptr + row), highest, scale, SHIFT)
@@ -146,7 +118,7 @@ def _wide_row(
     pivots = tl.load(pivot_ptr + row * PIVOTS + pivot)
     counts = tl.load(at, mask=span < spans, other=0.0)
     weights = tl.load(at + PIVOTS * spans, mask=span < spans, other=0.0)
-    low, high = _around_thresholds(
+    low, high = around_thresholds(
         pivots,
         tl.sum(counts, axis=1),
         tl.sum(weights, axis=1),
@@ -157,7 +129,7 @@ def _wide_row(
         floor,
         order_key(highest, SHIFT) + 1,
     )
-    return pivots, counts, weights, low, high, floor
+    return pivots, counts, weights, low, high, floor, highest, scale
 
 
 @triton.jit
@@ -188,7 +160,7 @@ def _collect_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(todo_ptr + row) != 2:
         return
-    pivots, counts, _, low, high, _ = _wide_row(
+    pivots, counts, _, low, high, _, _, _ = _wide_row(
         pivot_ptr,
         measure_ptr,
         stats_ptr,
@@ -203,7 +175,7 @@ def _collect_kernel(
         PIVOTS,
         BLOCK_SPANS,
     )
-    members = (_at_key(low, pivots, counts) - _at_key(high, pivots, counts)).to(tl.int32)  # [BLOCK_SPANS]
+    members = (at_key(low, pivots, counts) - at_key(high, pivots, counts)).to(tl.int32)  # [BLOCK_SPANS]
     if tl.sum(members, axis=0) > room:
         return
     index = tl.arange(0, BLOCK_SPANS)
@@ -218,67 +190,6 @@ def _collect_kernel(
                 rank = tl.cumsum(member.to(tl.int32), axis=0)
                 tl.store(place + rank - 1, x, mask=member)
                 place += tl.max(rank, axis=0)
-
-
-@triton.jit
-def _measure_list(source_ptr, length, low, high, highest, scale, SHIFT: tl.constexpr, AT_ONCE: tl.constexpr):
-    """(number, weight) of the first `length` logits of a list that have a key in [low, high)."""
-    count = tl.zeros([AT_ONCE], tl.float32)
-    weight = tl.zeros([AT_ONCE], tl.float32)
-    for start in range(0, length, AT_ONCE):
-        place = start + tl.arange(0, AT_ONCE)
-        x = tl.load(source_ptr + place, mask=place < length, other=float("-inf")).to(tl.float32)
-        key = order_key(x, SHIFT)
-        inside = (key >= low) & (key < high) & (place < length)
-        count += inside.to(tl.float32)
-        weight += tl.where(inside, weigh(x, highest, scale), 0.0)
-    return tl.sum(count, axis=0), tl.sum(weight, axis=0)
-
-
-@triton.jit
-def _search_list(
-    source_ptr,
-    length,
-    low,
-    high,
-    count_above,
-    weight_above,
-    vocab,
-    total,
-    top_k,
-    top_p,
-    highest,
-    scale,
-    SHIFT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """The smallest key in [low, high) that top-k and top-p keep, as `reach_key`, over a list.
-
-    Args:
-        count_above, weight_above: Of the tokens from `high` upwards, whether the list has them or not.
-    """
-    threshold = low
-    target = top_p_target(top_p, total)
-    if (top_k > 0) & (top_k < vocab):
-        end = high
-        while threshold + 1 < end:
-            pivot = middle(threshold, end)
-            count, _ = _measure_list(source_ptr, length, pivot, high, highest, scale, SHIFT, AT_ONCE)
-            enough = count_above + count >= top_k
-            threshold = tl.where(enough, pivot, threshold)
-            end = tl.where(enough, end, pivot)
-        if top_p < 1.0:
-            _, weight = _measure_list(source_ptr, length, threshold, high, highest, scale, SHIFT, AT_ONCE)
-            target = top_p_target(top_p, weight_above + weight)
-    if top_p < 1.0:
-        end = high
-        while threshold + 1 < end:
-            pivot = middle(threshold, end)
-            _, weight = _measure_list(source_ptr, length, pivot, high, highest, scale, SHIFT, AT_ONCE)
-            enough = weight_above + weight >= target
-            threshold = tl.where(enough, pivot, threshold)
-            end = tl.where(enough, end, pivot)
-    return threshold
 
 
 @triton.jit
@@ -314,9 +225,7 @@ def _finish_kernel(
     if tl.load(todo_ptr + row) != 2:
         return
     row_ptr = logits_ptr + row * stride_row
-    highest = tl.load(stats_ptr + row * 3)
-    scale = weight_scale(tl.load(temperature_ptr + row))
-    pivots, counts, weights, low, high, floor = _wide_row(
+    pivots, counts, weights, low, high, floor, highest, scale = _wide_row(
         pivot_ptr,
         measure_ptr,
         stats_ptr,
@@ -332,21 +241,21 @@ def _finish_kernel(
         BLOCK_SPANS,
     )
     span = tl.arange(0, BLOCK_SPANS)
-    at_high = _at_key(high, pivots, counts)
-    members = (_at_key(low, pivots, counts) - at_high).to(tl.int32)  # [BLOCK_SPANS]
+    at_high = at_key(high, pivots, counts)
+    members = (at_key(low, pivots, counts) - at_high).to(tl.int32)  # [BLOCK_SPANS]
     length = tl.sum(members, axis=0)
     source_ptr = list_ptr + row * room
     if length > room:  # no list: the row in its place
         source_ptr = row_ptr
         length = vocab
         members = tl.minimum(tl.maximum(vocab - span * SPAN, 0), SPAN)
-    threshold = _search_list(
+    threshold = search_list(
         source_ptr,
         length,
         low,
         high,
         tl.sum(at_high, axis=0),
-        tl.sum(_at_key(high, pivots, weights), axis=0),
+        tl.sum(at_key(high, pivots, weights), axis=0),
         vocab,
         tl.load(stats_ptr + row * 3 + 1),
         tl.load(top_k_ptr + row),
@@ -362,8 +271,8 @@ def _finish_kernel(
     top = order_key(highest, SHIFT) + 1
     edge = tl.min(tl.where(pivots >= threshold, pivots, top), axis=0)
     length = tl.where(edge > threshold, length, 0)
-    above = _at_key(edge, pivots, weights)  # [BLOCK_SPANS]
-    _, listed = _measure_list(source_ptr, length, threshold, edge, highest, scale, SHIFT, AT_ONCE)
+    above = at_key(edge, pivots, weights)  # [BLOCK_SPANS]
+    _, listed = measure_list(source_ptr, length, threshold, edge, highest, scale, SHIFT, AT_ONCE)
     uniform = philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
     target = uniform * (tl.sum(above, axis=0) + listed)
     # The last span with no more than the target before it. The target is less than the total: the span has weight.
@@ -373,7 +282,7 @@ def _finish_kernel(
     while drawn + 1 < end:
         pivot = middle(drawn, end)
         place = tl.minimum(tl.sum(tl.where(span < pivot, members, 0), axis=0), length)
-        _, listed = _measure_list(source_ptr, place, threshold, edge, highest, scale, SHIFT, AT_ONCE)
+        _, listed = measure_list(source_ptr, place, threshold, edge, highest, scale, SHIFT, AT_ONCE)
         weight = tl.sum(tl.where(span < pivot, above, 0.0), axis=0) + listed
         reached = weight <= target
         drawn = tl.where(reached, pivot, drawn)
