@@ -426,6 +426,9 @@ def paged_attention(
 
     Returns:
         [num_seqs, num_heads, head_dim], dtype of query.
+
+    Raises:
+        ValueError: shapes or types that do not fit each other; on a GPU also caches of different strides.
     """
     check_attention(query, key_cache, value_cache, block_tables, context_lens, sliding_window)
     if query.shape[0] != context_lens.shape[0]:

@@ -15,7 +15,7 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.measuring import GREEDY
-from mini_infer.runner import MEASURED_PROMPT_TOKENS, MOST_TIMED_RUNS, ModelRunner
+from mini_infer.runner import MEASURED_PROMPT_TOKENS, MOST_TIMED_RUNS, ModelRunner, give_back_memory
 from mini_infer.step import PrefillChunk, SchedulerOutputs, StepKind
 from tests.tiny_models import MAX_POSITIONS, make_tiny_model
 
@@ -221,3 +221,13 @@ def test_context_that_makes_no_difference(
     times = iter([5.0, 4.0])
     monkeypatch.setattr(runner, "_time", lambda run: next(times))
     assert runner.measure_context(4, max_rows=2, num_tokens=100) == 0.0
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_memory_is_given_back_where_a_gpu_was_used(monkeypatch: pytest.MonkeyPatch, used: bool) -> None:
+    """Where none was, none is woken up for it."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    give_back_memory()
+    assert calls == ["empty"] * used

@@ -116,6 +116,13 @@ def test_however_the_work_is_dealt_out(backend, make_cache, assert_close, lens, 
         assert_close(f"{programs} programs", out, expected)
 
 
+def test_caches_of_different_strides(make_cache):
+    cache = make_cache([5], 1, 64, 16, torch.float32, torch.device("cpu"))
+    args = cache.key_cache, cache.value_cache.contiguous(), cache.block_tables, cache.context_lens
+    with pytest.raises(ValueError, match="same strides"):
+        _launch_paged_attention(torch.randn(1, 2, 64), *args, 0.125, 0)
+
+
 def test_config():
     for head_dim in (8, 64, 80, 128, 256):
         for element_size in (2, 4):
