@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from mini_infer.cache import cache_folder
@@ -32,7 +33,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 COMPLETE = "conversion.json"
 """Written last: a folder without it is no model."""
 
-MOVE_ATTEMPTS = 3
 _CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
 
@@ -90,17 +90,12 @@ def _move_into_place(converted: Path, target: Path, scratch: Path, *, force: boo
         scratch: Takes what has to make room, and is deleted by the caller.
         force: Replace a complete model, too; one that is in use stays readable to whoever has it open.
     """
-    for attempt in range(MOVE_ATTEMPTS):
+    with FileLock(target.parent / f".{NAME}.lock"):  # making room and moving in are two steps
         if demo_model_available() and not force:
             return
         with contextlib.suppress(FileNotFoundError):
-            os.rename(target, scratch / f"replaced-{attempt}")
-        try:
-            os.replace(converted, target)
-            return
-        except OSError:  # another process moved its model in between
-            if attempt == MOVE_ATTEMPTS - 1:
-                raise
+            os.rename(target, scratch / "replaced")
+        os.rename(converted, target)
 
 
 def _download(folder: Path) -> Path:
