@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mini_infer.exceptions import ConfigError
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
+from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import Model
 from mini_infer.step import CaptureRecord, PrefillChunk, StepKind
 
@@ -66,7 +67,7 @@ class GraphSet:
             max_chunks,
             block_size=block_size,
             max_blocks=max_blocks,
-            spare_row=model.state.num_rows,
+            state=model.state,
             device=device,
         )
         steps = [(StepKind.PREFILL, bucket) for bucket in self._buffers]
@@ -147,7 +148,13 @@ class GraphSet:
 
 
 def _prefill_buffers(
-    sizes: Sequence[int], max_chunks: int, *, block_size: int, max_blocks: int, spare_row: int, device: torch.device
+    sizes: Sequence[int],
+    max_chunks: int,
+    *,
+    block_size: int,
+    max_blocks: int,
+    state: DecodeState,
+    device: torch.device,
 ) -> dict[int, PrefillBuffer]:
     """A buffer for each prefill bucket, largest first, all in the memory of the largest: steps follow each other on the
     stream, and each is filled in just before it runs."""
@@ -159,7 +166,7 @@ def _prefill_buffers(
             min(max_chunks, bucket),
             block_size=block_size,
             max_blocks=max_blocks,
-            spare_row=spare_row,
+            state=state,
             device=device,
             storage=storage,
         )

@@ -43,8 +43,15 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
     Returns:
         (token ids [rows] int64, their log probabilities [rows] float32).
     """
+    penalties = rows.sampling.penalties
     hidden, positions, slots = embed_rows(
-        rows.token_ids, rows.seq_lens, rows.block_tables, params.embedding, kv.blocks.shape[4]
+        rows.token_ids,
+        rows.seq_lens,
+        rows.block_tables,
+        params.embedding,
+        kv.blocks.shape[4],
+        penalties.count_rows,
+        penalties.token_counts,
     )
 
     def attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, window: int) -> Tensor:
@@ -138,5 +145,12 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     logits = norm_linear(hidden, params.norm, spec.rms_norm_eps, params.head)  # [rows, vocab_size]
     return sample(
-        logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seeds, positions
+        logits,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.seeds,
+        positions,
+        sampling.penalties,
     )

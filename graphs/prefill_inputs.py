@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.graphs.state import SamplingRows, to_device
+from mini_infer.graphs.state import NO_COUNTS, DecodeState, SamplingRows, to_device
+from mini_infer.kernels.penalties import Penalties
 from mini_infer.step import PrefillChunk
 from mini_infer.typing import NO_ROW
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""The sampling parameters that are float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class PrefillBuffer:
         max_chunks: Most chunks in a step.
         block_size: Tokens per KV cache block.
         max_blocks: Blocks of the longest sequence.
-        spare_row: The row that takes the tokens that no sequence wants.
+        state: The decode rows that take the sampled tokens; its spare one takes those that no sequence wants.
         device: Where it lives.
         storage: Memory of a larger buffer to live in, where no two are in use at a time. Default: its own.
 
@@ -68,14 +72,14 @@ class PrefillBuffer:
         *,
         block_size: int,
         max_blocks: int,
-        spare_row: int,
+        state: DecodeState,
         device: torch.device,
         storage: Tensor | None = None,
     ) -> None:
         self._num_tokens = num_tokens
         self._block_size = block_size
         self._longest = max_blocks * block_size  # a padding sequence obeys the same limit as any other
-        self._spare_row = spare_row
+        self._spare_row = state.num_rows
         num_seqs = max_chunks + -(-num_tokens // self._longest)
         self._shapes: dict[str, tuple[int, ...]] = {
             "seeds": (num_seqs, 2),  # first, so that it is aligned for int64
@@ -88,9 +92,8 @@ class PrefillBuffer:
             "last_tokens": (num_seqs,),
             "rows": (num_seqs,),
             "top_k": (num_seqs,),
-            "temperature": (num_seqs,),
-            "top_p": (num_seqs,),
-            "min_p": (num_seqs,),
+            "count_rows": (num_seqs,),
+            **dict.fromkeys(_FLOATS, (num_seqs,)),
         }
         self._size = sum(int(np.prod(shape)) for shape in self._shapes.values())
         if storage is None:
@@ -112,6 +115,13 @@ class PrefillBuffer:
                 top_p=views["top_p"].view(torch.float32),
                 min_p=views["min_p"].view(torch.float32),
                 seeds=views["seeds"].view(torch.int64)[:, 0],
+                penalties=Penalties(
+                    views["repetition_penalty"].view(torch.float32),
+                    views["presence_penalty"].view(torch.float32),
+                    views["frequency_penalty"].view(torch.float32),
+                    views["count_rows"],
+                    state.token_counts,
+                ),
             ),
         )
 
@@ -122,7 +132,9 @@ class PrefillBuffer:
         host["rows"][:] = self._spare_row
         host["context_lens"][:] = 1
         host["top_k"][:] = -1
-        host["top_p"].view(np.float32)[:] = 1.0
+        for name in ("top_p", "repetition_penalty"):
+            host[name].view(np.float32)[:] = 1.0
+        host["count_rows"][:] = NO_COUNTS
         begin = 0
         for index, chunk in enumerate(chunks):
             end = begin + len(chunk.token_ids)
@@ -130,9 +142,10 @@ class PrefillBuffer:
             host["block_tables"][index, : len(chunk.block_table)] = chunk.block_table
             host["rows"][index] = self._spare_row if chunk.row == NO_ROW else chunk.row
             host["top_k"][index] = chunk.sampling.top_k
-            host["temperature"].view(np.float32)[index] = chunk.sampling.temperature
-            host["top_p"].view(np.float32)[index] = chunk.sampling.top_p
-            host["min_p"].view(np.float32)[index] = chunk.sampling.min_p
+            for name in _FLOATS:
+                host[name].view(np.float32)[index] = getattr(chunk.sampling, name)
+            if chunk.row != NO_ROW and chunk.sampling.has_penalties:
+                host["count_rows"][index] = chunk.row
             host["seeds"].view(np.int64)[index] = chunk.seed
             self._lay_out(host, index, begin, end, chunk.start)
             begin = end

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.kernels.decode_frame import advance_rows
+from mini_infer.kernels.penalties import Penalties, token_counts_of
 from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SEED, edit_rows
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import ExtendRow, MoveRow, PlaceRow, RowEdit
@@ -20,7 +21,11 @@ from mini_infer.typing import NULL_BLOCK
 _SEQ_LEN = FIRST_FIELD + FIELDS.index("seq_len")
 _ACTIVE = FIRST_FIELD + FIELDS.index("active")
 _TOP_K = FIRST_FIELD + FIELDS.index("top_k")
-_FLOATS = slice(FIRST_FIELD + FIELDS.index("temperature"), FIRST_FIELD + FIELDS.index("min_p") + 1)
+_COUNT_ROW = FIRST_FIELD + FIELDS.index("count_row")
+_FLOATS = slice(FIRST_FIELD + FIELDS.index("temperature"), FIRST_FIELD + len(FIELDS))
+NO_COUNTS = -1
+"""In place of a row of token counts, where a row has no penalties."""
+_PADDING = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class SamplingRows:
         temperature, top_p, min_p: [rows] float32.
         top_k: [rows] int32.
         seeds: [rows] int64.
+        penalties: What tokens that a row has seen lose.
     """
 
     temperature: Tensor
@@ -38,6 +44,7 @@ class SamplingRows:
     top_p: Tensor
     min_p: Tensor
     seeds: Tensor
+    penalties: Penalties
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +83,23 @@ class DecodeState:
     Args:
         max_num_seqs: Rows.
         max_blocks: Blocks of the longest sequence.
+        vocab_size: Tokens of the vocabulary.
         device: Where it lives.
 
     Attributes:
         token_ids: [max_num_seqs + 1] int64, the token at hand of each row; the last entry takes what no row wants.
+        token_counts: [max_num_seqs, vocab_size] int16, the tokens that each row with penalties has seen, as
+            `mini_infer.kernels.penalties` describes them.
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._mirror = np.zeros((max_num_seqs, HEADER + max_blocks), dtype=np.int32)
         self._mirror[:, 0] = np.arange(max_num_seqs)
         for row in range(max_num_seqs):
             self._clear(row)
         self.token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.token_counts = torch.zeros((max_num_seqs, vocab_size), dtype=torch.int16, device=device)
         self._fields = torch.zeros((len(FIELDS), max_num_seqs), dtype=torch.int32, device=device)
         self._seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._block_tables = torch.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
@@ -101,9 +112,16 @@ class DecodeState:
 
     def rows(self, bucket: int) -> DecodeRows:
         """Rows 0 to ``bucket - 1``, as views that keep their addresses."""
-        seq_lens, active, top_k, *floats = (field[:bucket] for field in self._fields)
-        temperature, top_p, min_p = (bits.view(torch.float32) for bits in floats)
-        sampling = SamplingRows(temperature, top_k, top_p, min_p, self._seeds[:bucket])
+        seq_lens, active, top_k, count_rows, *floats = (field[:bucket] for field in self._fields)
+        temperature, top_p, min_p, repetition, presence, frequency = (bits.view(torch.float32) for bits in floats)
+        sampling = SamplingRows(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            self._seeds[:bucket],
+            Penalties(repetition, presence, frequency, count_rows, self.token_counts),
+        )
         return DecodeRows(self.token_ids[:bucket], seq_lens, self._block_tables[:bucket], active, sampling)
 
     def advanced(self, bucket: int) -> None:
@@ -121,7 +139,7 @@ class DecodeState:
                 self._place(edit)
                 touched[edit.row] = None
             elif isinstance(edit, MoveRow):
-                self._mirror[edit.target, 1:] = self._mirror[edit.source, 1:]
+                self._move(edit)
                 touched[edit.target] = None
             elif isinstance(edit, ExtendRow):
                 start = HEADER + edit.start
@@ -138,15 +156,29 @@ class DecodeState:
         line[_SEQ_LEN] = edit.seq_len
         line[_ACTIVE] = 1
         write_sampling(line, edit.sampling, edit.seed)
+        line[_COUNT_ROW] = NO_COUNTS
+        if edit.history is not None:
+            line[_COUNT_ROW] = edit.row
+            counts = token_counts_of(
+                edit.history.prompt_token_ids, edit.history.output_token_ids, self.token_counts.shape[1]
+            )
+            self.token_counts[edit.row].copy_(to_device(counts, self._device))
         line[HEADER:] = NULL_BLOCK
         line[HEADER : HEADER + len(edit.block_table)] = edit.block_table
+
+    def _move(self, edit: MoveRow) -> None:
+        line = self._mirror[edit.target]
+        line[1:] = self._mirror[edit.source, 1:]
+        if line[_COUNT_ROW] != NO_COUNTS:
+            line[_COUNT_ROW] = edit.target
+            self.token_counts[edit.target].copy_(self.token_counts[edit.source])
 
     def _clear(self, row: int) -> None:
         line = self._mirror[row]
         line[1:] = 0
         line[1] = -1
-        line[_TOP_K] = -1
-        line[_FLOATS] = np.array((0.0, 1.0, 0.0), dtype=np.float32).view(np.int32)
+        write_sampling(line, _PADDING, 0)
+        line[_COUNT_ROW] = NO_COUNTS
         line[HEADER:] = NULL_BLOCK
 
     def _send(self, rows: list[int]) -> None:
@@ -157,9 +189,21 @@ class DecodeState:
 def write_sampling(line: np.ndarray, sampling: SamplingParams, seed: int) -> None:
     """Write one row's sampling parameters into its line of `mini_infer.kernels.row_edit`'s format."""
     line[_TOP_K] = sampling.top_k
-    floats = (sampling.temperature, sampling.top_p, sampling.min_p)
+    floats = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    )
     line[_FLOATS] = np.array(floats, dtype=np.float32).view(np.int32)
     line[SEED : SEED + 2] = np.array((seed,), dtype=np.int64).view(np.int32)
+
+
+def token_counts_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """Bytes of the decode state's token counts, which are nearly all of it."""
+    return max_num_seqs * vocab_size * torch.int16.itemsize
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:

@@ -102,7 +102,7 @@ class EagerSteps:
             len(chunks),
             block_size=self._block_size,
             max_blocks=self._max_blocks,
-            spare_row=self._model.state.num_rows,
+            state=self._model.state,
             device=self._device,
         )
         buffer.fill(chunks)

@@ -1,7 +1,7 @@
 """What a decode step does before its first layer and after its sampler, one kernel each.
 
     embed_rows:    position = max(seq_len - 1, 0);  slot = block_table[position // block_size] * block_size
-                   + position % block_size;  hidden = embedding[token_id]
+                   + position % block_size;  hidden = embedding[token_id];  the token is counted (`penalties`)
     advance_rows:  token_id = sampled * active;  seq_len += active;  sampled and its log probability side by side
 
 A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 0 with a table of null
@@ -19,14 +19,22 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import release, wait
+from mini_infer.kernels.penalties import MAX_COUNT, count_token, count_tokens_cpu
 
 _ROWS = 128  # rows of a program of `advance_rows`
 
 
 def embed_rows_reference(
-    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+    token_ids: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    embedding: Tensor,
+    block_size: int,
+    count_rows: Tensor,
+    token_counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain torch."""
+    count_tokens_cpu(token_ids, count_rows, token_counts)
     positions = (seq_lens.long() - 1).clamp_(min=0)  # [rows]
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     slots = blocks * block_size + positions % block_size
@@ -51,8 +59,12 @@ def _embed_rows_kernel(
     hidden_ptr,  # [rows, HIDDEN] contiguous
     position_ptr,  # [rows] int64
     slot_ptr,  # [rows] int64
+    count_row_ptr,  # [rows] int32
+    counts_ptr,  # [count rows, vocab] int16
     table_stride,
     embedding_stride,
+    counts_stride,
+    MAX_COUNT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,6 +81,7 @@ def _embed_rows_kernel(
         block = tl.load(table_ptr + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
         tl.store(position_ptr + row, position)
         tl.store(slot_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
+        count_token(tl.load(count_row_ptr + row), token, counts_ptr, counts_stride, MAX_COUNT)
 
 
 @triton.jit
@@ -96,7 +109,13 @@ def _advance_rows_kernel(
 
 
 def _launch_embed_rows(
-    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+    token_ids: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    embedding: Tensor,
+    block_size: int,
+    count_rows: Tensor,
+    token_counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, hidden_size = token_ids.shape[0], embedding.shape[1]
     hidden = torch.empty((num_rows, hidden_size), dtype=embedding.dtype, device=embedding.device)
@@ -111,8 +130,12 @@ def _launch_embed_rows(
         hidden,
         positions,
         slots,
+        count_rows,
+        token_counts,
         block_tables.stride(0),
         embedding.stride(0),
+        token_counts.stride(0),
+        MAX_COUNT=MAX_COUNT,
         BLOCK_SIZE=block_size,
         HIDDEN=hidden_size,
         BLOCK=block,
@@ -143,7 +166,13 @@ def _launch_advance_rows(
 
 
 def _embed_rows_fake(
-    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+    token_ids: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    embedding: Tensor,
+    block_size: int,
+    count_rows: Tensor,
+    token_counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
     positions, slots = token_ids.new_empty(token_ids.shape), token_ids.new_empty(token_ids.shape)
@@ -156,7 +185,9 @@ def _advance_rows_fake(
     return seq_lens.new_empty((token_ids.shape[0], 2))
 
 
-_embed_rows_op = register_op("embed_rows", _embed_rows_fake, cpu=embed_rows_reference, cuda=_launch_embed_rows)
+_embed_rows_op = register_op(
+    "embed_rows", _embed_rows_fake, cpu=embed_rows_reference, cuda=_launch_embed_rows, mutates=("token_counts",)
+)
 _advance_rows_op = register_op(
     "advance_rows",
     _advance_rows_fake,
@@ -167,9 +198,15 @@ _advance_rows_op = register_op(
 
 
 def embed_rows(
-    token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor, embedding: Tensor, block_size: int
+    token_ids: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    embedding: Tensor,
+    block_size: int,
+    count_rows: Tensor,
+    token_counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each row's token at hand goes, and its embedding.
+    """Where each row's token at hand goes, and its embedding; and count it, for rows with penalties.
 
     Args:
         token_ids: [rows] int64, the token at hand of each row, within the embedding.
@@ -177,6 +214,8 @@ def embed_rows(
         block_tables: [rows, max_blocks] int32, wide enough for the lengths.
         embedding: [vocab_size, hidden_size].
         block_size: Tokens per KV cache block.
+        count_rows: [rows] int32, each row's row of `token_counts`, no two alike; -1 where tokens are not counted.
+        token_counts: [count rows, vocab] int16, as `penalties` describes it; changed.
 
     Returns:
         (hidden [rows, hidden_size], positions [rows] int64, slots [rows] int64).
@@ -189,8 +228,20 @@ def embed_rows(
         )
     if embedding.dim() != 2 or embedding.stride(1) != 1 or block_tables.stride(1) != 1:
         raise ValueError("embedding must be [vocab_size, hidden_size], and it and block_tables dense in their rows")
+    if count_rows.dtype != torch.int32 or count_rows.shape != token_ids.shape or not count_rows.is_contiguous():
+        raise ValueError(
+            f"count_rows must be int32 [{token_ids.shape[0]}], contiguous, got {count_rows.dtype} "
+            f"{tuple(count_rows.shape)}"
+        )
+    if token_counts.dtype != torch.int16 or token_counts.dim() != 2 or token_counts.stride(1) != 1:
+        raise ValueError(
+            f"token_counts must be int16 [count rows, vocab], dense in its rows, got {token_counts.dtype} "
+            f"{tuple(token_counts.shape)}"
+        )
     hidden: Tensor
-    hidden, positions, slots = _embed_rows_op(token_ids, seq_lens, block_tables, embedding, block_size)
+    hidden, positions, slots = _embed_rows_op(
+        token_ids, seq_lens, block_tables, embedding, block_size, count_rows, token_counts
+    )
     return hidden, positions, slots
 
 

@@ -5,10 +5,10 @@ Each line of ``stage`` [num_edits, HEADER + max_blocks] int32 is the whole new c
     0       the row to write
     1       where its token at hand comes from: another row's number, as it was before all edits, or -1
     2       the token itself, if column 1 is -1
-    3..8    the row's fields, in the order of FIELDS; floats as their bits
-    9       unused
-    10, 11  low and high half of the seed
-    12...   the block table
+    3..12   the row's fields, in the order of FIELDS; floats as their bits
+    13      unused
+    14, 15  low and high half of the seed
+    16...   the block table
 
 No row is written twice in one call.
 """
@@ -20,10 +20,21 @@ from torch import Tensor
 
 from mini_infer.kernels.common import next_power_of_2, register_op
 
-FIELDS = ("seq_len", "active", "top_k", "temperature", "top_p", "min_p")
-HEADER = 12
+FIELDS = (
+    "seq_len",
+    "active",
+    "top_k",
+    "count_row",
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+HEADER = 16
 FIRST_FIELD = 3
-SEED = 10
+SEED = 14
 _NUM_FIELDS = len(FIELDS)
 
 
@@ -106,7 +117,7 @@ def edit_rows(stage: Tensor, tokens: Tensor, fields: Tensor, seeds: Tensor, tabl
     Args:
         stage: [num_edits, HEADER + max_blocks] int32, one line for each row to write, as the module describes it.
         tokens: [at least num_rows] int64, the token at hand of each row.
-        fields: [6, num_rows] int32, in the order of FIELDS.
+        fields: [10, num_rows] int32, in the order of FIELDS.
         seeds: [num_rows] int64.
         tables: [num_rows, max_blocks] int32.
 

@@ -1,12 +1,13 @@
 """Sampling the next token of each row, and its log-probability, without sorting the vocabulary.
 
 Per row, from its logits x [vocab]:
+    penalties          lower x for tokens that the sequence has seen, in place (`penalties`)
     temperature == 0   the lowest index of the largest logit; otherwise with w_i = exp((x_i - max x) / temperature)
     top-k              keep x_i >= the k-th largest x (ties kept; k = -1 or k >= vocab keeps all)
     top-p              of those, keep the fewest largest whose weight reaches top_p of the total (ties with the last)
     min-p              of those, keep w_i >= min_p (w is 1 at the most likely token)
     draw               the first kept index whose cumulative kept weight exceeds u * total
-    logprob            log_softmax(x) of the token: of the raw logits, before temperature and cuts
+    logprob            log_softmax(x) of the token: after penalties, before temperature and cuts
 
 u = Philox-4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) keyed by the row's 64-bit seed at
 counter = position, 24 bits in [0, 1): a token depends on its own logits, seed and position only, never on its row or
@@ -18,7 +19,8 @@ seeds: [rows] int64; positions: [rows] int32 or int64 -> token ids [rows] int64,
 
 On the GPU nothing is sorted. The vocabulary is cut into chunks of which one program each takes max, argmax, sum of
 exponentials and weight, and the maxima of groups of 32 tokens; a second kernel combines the chunks in a fixed order.
-How many times a row's logits are read:
+The first one applies the penalties beside. How many times
+a row's logits are read:
 
     greedy       once
     no cuts      once, and the chunk of 2048 tokens that is drawn
@@ -26,9 +28,12 @@ How many times a row's logits are read:
                  these (`sampling_candidates`)
     wide cuts    three times, and a span of 8192 tokens; with min-p alone twice (`sampling_wide`): top-p of a flat
                  distribution, top-k of thousands. The L2 cache has much of it the second and third time
+    penalties    as without them; the token counts are read once
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -38,6 +43,7 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, check_floating, check_index, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import release, wait
+from mini_infer.kernels.penalties import Penalties, check_penalties, penalize
 from mini_infer.kernels.sampling_candidates import BEST, GROUP, launch_candidates
 from mini_infer.kernels.sampling_cpu import sample_cpu
 from mini_infer.kernels.sampling_search import (
@@ -62,20 +68,34 @@ def _chunk_stats_kernel(
     mass_ptr,  # [rows, chunks] float32: sum of exp((x - max) / temperature); of no meaning for greedy rows
     group_ptr,  # [rows, chunks * CHUNK / GROUP], type of the logits: the largest of each group
     temperature_ptr,  # [rows]
+    repetition_ptr,  # [rows] and the next four: `Penalties`; unread unless PENALTIES
+    presence_ptr,
+    frequency_ptr,
+    count_row_ptr,
+    counts_ptr,  # [count rows, vocab]
     stride_row,
+    counts_stride,
     vocab,
     chunks,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
+    PENALTIES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)  # nobody writes it during a step
+    temperature = tl.load(temperature_ptr + row)  # nobody writes it during a step, nor the next
+    if PENALTIES:
+        count_row = tl.load(count_row_ptr + row)
     wait(DEPENDENT)
     chunk = tl.program_id(1)
     cols = chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
-    x = tl.load(logits_ptr + row * stride_row + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+    row_ptr = logits_ptr + row * stride_row
+    x = tl.load(row_ptr + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+    if PENALTIES:  # noqa: SIM102 - a constant here, a value there
+        if count_row >= 0:
+            seen_ptr = counts_ptr + count_row.to(tl.int64) * counts_stride
+            x = penalize(x, row_ptr, cols, vocab, row, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr)
     clean = tl.where(x == x, x, float("-inf"))  # NaN takes no part in the maximum; it reaches the sum
     largest = tl.max(tl.reshape(clean, [CHUNK // GROUP, GROUP]), axis=1)  # [CHUNK // GROUP]
     highest = tl.max(largest, axis=0)
@@ -165,7 +185,14 @@ def _sample_kernel(
 
 
 def _launch_sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    penalties: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     device = logits.device
@@ -191,11 +218,14 @@ def _launch_sample(
         masses,
         groups,
         params.temperature,
+        *(penalties or (logits,) * len(Penalties._fields)),
         logits.stride(0),
+        penalties[-1].stride(0) if penalties else 0,
         vocab,
         chunks,
         CHUNK=_CHUNK,
         GROUP=GROUP,
+        PENALTIES=bool(penalties),
         num_warps=4,
         **dependent_launch.options(),
     )
@@ -225,31 +255,46 @@ def _launch_sample(
 
 
 def _sample_fake(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    penalties: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.int64), logits.new_empty((rows,), dtype=torch.float32)
 
 
-_sample_op = register_op("sample", _sample_fake, cpu=sample_cpu, cuda=_launch_sample)
+_sample_op = register_op("sample", _sample_fake, cpu=sample_cpu, cuda=_launch_sample, mutates=("logits",))
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    penalties: Penalties | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
     Args:
-        logits: [rows, vocab].
+        logits: [rows, vocab]; changed where penalties apply.
         temperature: [rows] float32; 0 is greedy.
         top_k: [rows] int32; -1 keeps all.
         top_p: [rows] float32; 1 keeps all.
         min_p: [rows] float32; 0 keeps all.
         seeds: [rows] int64.
         positions: [rows] int32 or int64, the index of the token being drawn.
+        penalties: What to take from the logits first; None takes nothing.
 
     Returns:
-        (token_ids [rows] int64, logprobs [rows] float32), the log-probability under the raw logits.
+        (token_ids [rows] int64, logprobs [rows] float32), the log-probability under the logits after penalties.
     """
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1 or logits.stride(1) != 1:
@@ -268,5 +313,7 @@ def sample(
         if tensor.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits ({logits.device}), got {tensor.device}")
     check_index("positions", positions, "logits", logits)
-    token_ids, logprobs = _sample_op(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    if penalties is not None:
+        check_penalties(penalties, logits)
+    token_ids, logprobs = _sample_op(logits, temperature, top_k, top_p, min_p, seeds, positions, penalties or ())
     return token_ids, logprobs

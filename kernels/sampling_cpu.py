@@ -1,7 +1,11 @@
 """Sampling on the CPU: the uniform numbers, one row's kept set, and the draws. See `sampling`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from mini_infer.kernels.penalties import Penalties, penalize_cpu
 
 _PHILOX_ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
@@ -77,8 +81,17 @@ def _top_p_threshold(logits: Tensor, weights: Tensor, kept: Tensor, top_p: float
 
 
 def sample_cpu(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    penalties: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
+    if penalties:
+        penalize_cpu(logits, Penalties(*penalties))
     x = logits.float()  # [rows, vocab]
     token_ids = x.argmax(-1)  # the lowest index of equals
     log_total = torch.logsumexp(x, -1)  # NaN where a logit is; NaN or infinite where a row has no distribution

@@ -128,6 +128,9 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
         seed=arguments.seed,
         max_tokens=arguments.max_tokens,
         stop=arguments.stop or (),
@@ -257,5 +260,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling threshold")
     group.add_argument("--top-k", type=int, default=-1, help="keep the most likely tokens only; -1 keeps all")
     group.add_argument("--min-p", type=float, default=0.0, help="drop tokens less likely than this times the likeliest")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages tokens seen before")
+    group.add_argument("--presence-penalty", type=float, default=0.0, help="taken from tokens generated before")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, help="the same for each time they were")
     group.add_argument("--seed", type=int, help="seed of the draws")
     group.add_argument("--stop", action="append", help="string that ends the text (may be given more than once)")

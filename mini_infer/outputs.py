@@ -39,7 +39,7 @@ class GenerateOutput:
         token_ids: Generated token ids, the end-of-sequence token included.
         finish_reason: "stop", "length", "abort" or "error".
         cumulative_logprob: Sum of the natural-log probabilities of the generated tokens under the model's own
-            distribution (temperature 1, nothing cut).
+            distribution, after penalties (temperature 1, nothing cut).
         request_id: The request's id.
         prompt_token_ids: The prompt as the model saw it.
         num_cached_tokens: Prompt tokens that the prefix cache already had.

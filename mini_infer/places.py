@@ -63,13 +63,10 @@ class Places:
             self._enter_row(request, token_id=request.output_token_ids[-1])
 
     def end_prefill(self, request: Request) -> None:
-        """The step that completes a prompt samples a token; decoding begins, unless that is all it may generate."""
+        """The step that completes a prompt samples a token, and the request takes up a row with it."""
         self.prefilling.remove(request)
         self._outputs.num_launched[request.slot] += 1
-        if request.num_output_tokens >= request.max_output_tokens:
-            request.status = RequestStatus.DRAINING
-        else:
-            self._enter_row(request, token_id=None)
+        self._enter_row(request, token_id=None)
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its blocks, if there is room for it now."""

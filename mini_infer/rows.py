@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mini_infer.output_table import OutputTable
 from mini_infer.request import Request
-from mini_infer.step import ClearRow, ExtendRow, Members, MoveRow, PlaceRow, RowEdit
+from mini_infer.step import ClearRow, ExtendRow, History, Members, MoveRow, PlaceRow, RowEdit
 from mini_infer.typing import NO_ROW
 
 
@@ -65,8 +65,12 @@ class RowTable:
         self._room[row] = capacity - request.num_prompt_tokens
         self._prompts[row] = request.num_prompt_tokens
         self._batch = None
+        history = None
+        if request.sampling.has_penalties:
+            known = request.output_token_ids
+            history = History(request.prompt_token_ids, tuple(known if token_id is None else known[:-1]))
         self._edits.append(
-            PlaceRow(row, token_id, request.num_tokens, tuple(block_table), request.sampling, request.seed)
+            PlaceRow(row, token_id, request.num_tokens, tuple(block_table), request.sampling, request.seed, history)
         )
 
     def leave(self, request: Request) -> None:

@@ -96,7 +96,7 @@ class ModelRunner:
         max_blocks = -(-max_model_len // block_size)
         self._kv = KVCache(spec, num_gpu_blocks, block_size, dtype, device)
         self._swap_pool = make_swap_pool(self._kv, num_cpu_blocks)
-        self._state = DecodeState(max_num_seqs, max_blocks, device)
+        self._state = DecodeState(max_num_seqs, max_blocks, spec.vocab_size, device)
         self._block_size, self._max_blocks = block_size, max_blocks
         self._max_model_len = max_model_len
         self._model = Model(spec, params, self._kv, self._state)

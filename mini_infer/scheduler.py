@@ -316,8 +316,9 @@ class Scheduler:
                 self._places.end_prefill(request)
             placed.append(replace(chunk, row=request.row))
         self.prefill_padding.count(num_tokens, bucket, predicted_ms)
-        slots = np.array([self._requests[chunk.request_id].slot for chunk in placed], dtype=np.int64)
-        return self._step(
+        requests = [self._requests[chunk.request_id] for chunk in placed]
+        slots = np.array([request.slot for request in requests], dtype=np.int64)
+        outputs = self._step(
             StepKind.PREFILL,
             bucket,
             tuple(chunk.request_id for chunk in placed),
@@ -325,6 +326,10 @@ class Scheduler:
             chunks=tuple(placed),
             reason=f"{num_tokens} prompt tokens of {len(placed)} requests in bucket {bucket}",
         )
+        for request in requests:
+            if request.num_output_tokens >= request.max_output_tokens:
+                self._places.drain(request)
+        return outputs
 
     # Tokens that come back
 

@@ -18,6 +18,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.spec import ModelSpec
+from mini_infer.graphs.state import token_counts_bytes
 from mini_infer.graphs.swap_pool import staging_bytes
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
 from mini_infer.machine_plan import MachinePlan, PlanStore
@@ -309,6 +310,7 @@ def divide_memory(shape: Shape, *, weights: int, workspace: int, graphs: int) ->
         workspace = max(0, workspace - graphs)
     if device.type == "cuda":
         workspace += staging_bytes(num_cpu_blocks, block_bytes)
+        workspace += token_counts_bytes(config.max_num_seqs, shape.spec.vocab_size)
     return plan_memory(
         device=name,
         total=total,

@@ -36,7 +36,7 @@ class PrefillChunk:
         sampling: How to sample after the last prompt token.
         seed: Seed of the draw.
         is_last: True if the chunk completes the prompt, so that a token is sampled.
-        row: The decode row that the sequence takes up with the sampled token, or ``NO_ROW`` if it ends with it.
+        row: The decode row that the sequence takes up with the sampled token, or ``NO_ROW`` before its last chunk.
     """
 
     request_id: str
@@ -55,10 +55,19 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """The tokens that a sequence's penalties look at: all but the one at hand, which its next decode step counts."""
+
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceRow:
     """Put a sequence into a row. ``token_id`` None: the token comes from this step's own sampling.
 
-    ``seq_len`` counts the token at hand, whose K/V the row's next decode step writes.
+    ``seq_len`` counts the token at hand, whose K/V the row's next decode step writes. ``history`` is there if
+    ``sampling`` has penalties.
     """
 
     row: int
@@ -67,6 +76,7 @@ class PlaceRow:
     block_table: tuple[int, ...]
     sampling: SamplingParams
     seed: int
+    history: History | None = None
 
 
 @dataclass(frozen=True, slots=True)

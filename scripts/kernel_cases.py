@@ -23,6 +23,7 @@ from mini_infer.kernels import (
 )
 from mini_infer.kernels.linear import LinearWeight, add_linear, norm_linear, with_tiles
 from mini_infer.kernels.linear_plan import LinearPlan, Role
+from mini_infer.kernels.penalties import Penalties
 
 EPS = 1e-6
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
@@ -316,6 +317,7 @@ def sampling_cases() -> Iterator[Case]:
     yield sampling_case("peaked, mixed", peaked, list(settings.values()))
     yield sampling_case("flat, k 5000", flat, [Cuts(top_k=5000)])
     yield sampling_case("32 of them flat, p 0.9", flat, [*[Cuts(temperature=0.0)] * 7, Cuts(top_p=0.9)])
+    yield penalty_case(peaked)
 
 
 def sampling_case(name: str, logits: Tensor, cuts: Sequence[Cuts]) -> Case:
@@ -344,11 +346,36 @@ def sampling_case(name: str, logits: Tensor, cuts: Sequence[Cuts]) -> Case:
     )
 
 
+def penalty_case(logits: Tensor) -> Case:
+    """Greedy rows with penalties, of a strength that changes nothing: the logits are penalized in place every time."""
+    rows, vocab = logits.shape
+    zero, one = torch.zeros(rows, device="cuda"), torch.ones(rows, device="cuda")
+    row_ids = torch.arange(rows, dtype=torch.int32, device="cuda")
+    every, seeds = torch.full_like(row_ids, -1), row_ids.long()
+    counts = torch.zeros(rows, vocab, dtype=torch.int16, device="cuda")
+    counts[:, torch.randperm(vocab, device="cuda")[:1000]] = 3
+    penalties = Penalties(one, zero, zero, row_ids, counts)
+
+    def plain(_: int) -> Tensor:
+        x = logits.float()
+        x = torch.where(counts > 0, torch.where(x > 0, x / one[:, None], x * one[:, None]), x)
+        count = counts >> 1
+        return (x - zero[:, None] * count - zero[:, None] * (count > 0)).argmax(-1)
+
+    return Case(
+        "sample",
+        f"{rows} x {vocab} peaked, greedy, penalties",
+        lambda _: sample(logits, zero, every, one, zero, seeds, seeds, penalties),
+        plain,
+        size(logits) + size(counts),
+    )
+
+
 OPS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[str, ...]]] = {
     "rmsnorm": (norm_cases, ("test_norm.py",)),
     "rope": (rope_cases, ("test_rotary.py", "test_qkv_prologue.py", "test_kv_store.py")),
     "silu": (activation_cases, ("test_activation.py",)),
     "linear": (linear_cases, ("test_linear.py",)),
     "attention": (attention_cases, ("test_attention_decode.py", "test_attention_prefill.py")),
-    "sampling": (sampling_cases, ("test_sampling.py",)),
+    "sampling": (sampling_cases, ("test_sampling.py", "test_penalties.py")),
 }

@@ -8,7 +8,7 @@ is known beforehand (`Reference`) and depends on no engine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mini_infer.sampling import SamplingParams
 from mini_infer.step import (
     ClearRow,
     ExtendRow,
+    History,
     MoveRow,
     PlaceRow,
     PrefillChunk,
@@ -86,9 +87,11 @@ class Row:
     sampling: SamplingParams | None = None
     seed: int = 0
     active: bool = False
+    prompt: tuple[int, ...] = ()  # what a row with penalties has seen
+    counted: list[int] = field(default_factory=list)
 
     def copy(self) -> Row:
-        return Row(self.token_id, self.seq_len, list(self.table), self.sampling, self.seed, self.active)
+        return replace(self, table=list(self.table), counted=list(self.counted))
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,17 @@ class SimulatedDevice:
             if isinstance(edit, PlaceRow):
                 assert not self.rows[edit.row].active, "a row is placed over another"
                 token_id = -1 if edit.token_id is None else edit.token_id
+                assert (edit.history is not None) == edit.sampling.has_penalties
+                history = edit.history or History((), ())
                 self.rows[edit.row] = Row(
-                    token_id, edit.seq_len, list(edit.block_table), edit.sampling, edit.seed, active=True
+                    token_id,
+                    edit.seq_len,
+                    list(edit.block_table),
+                    edit.sampling,
+                    edit.seed,
+                    active=True,
+                    prompt=history.prompt_token_ids,
+                    counted=list(history.output_token_ids),
                 )
             elif isinstance(edit, MoveRow):
                 self.rows[edit.target] = self.rows[edit.source].copy()
@@ -188,11 +200,11 @@ class SimulatedDevice:
                 continue
             token_ids.append(next_token(state or 0))
             logprobs.append(self._logprob(chunk.request_id, chunk.stop))
-            if chunk.row != NO_ROW:
-                row = self.rows[chunk.row]
-                assert row.active and row.token_id == -1, "the sampled token goes to a row that does not wait for it"
-                assert row.seq_len == chunk.stop + 1
-                row.token_id = token_ids[-1]
+            row = self.rows[chunk.row]
+            assert row.active and row.token_id == -1, "the sampled token goes to a row that does not wait for it"
+            assert row.seq_len == chunk.stop + 1
+            self._check_history(chunk.request_id, row, chunk.stop)
+            row.token_id = token_ids[-1]
         return sampled_tokens(token_ids, logprobs)
 
     def _check_chunk(self, chunk: PrefillChunk) -> None:
@@ -216,6 +228,8 @@ class SimulatedDevice:
         assert len(set(outputs.request_ids)) == num_seqs
         for request_id, row in zip(outputs.request_ids, self.rows, strict=False):
             self._check_row(request_id, row)
+            row.counted += [row.token_id] if row.sampling.has_penalties else []
+            self._check_history(request_id, row, row.seq_len)
         token_ids, logprobs = [], []
         written: set[tuple[int, int]] = set()
         for request_id, row in zip(outputs.request_ids, self.rows, strict=False):
@@ -240,6 +254,13 @@ class SimulatedDevice:
         assert row.seq_len < len(expected.reference.tokens), "a step beyond the last token that was asked for"
         assert row.token_id == expected.reference.tokens[row.seq_len - 1], "the token at hand is not the sequence's"
         self._check_kv(request_id, row.table, row.seq_len - 1)
+
+    def _check_history(self, request_id: str, row: Row, num_tokens: int) -> None:
+        """The penalties of a row see the prompt, and what was generated of the first ``num_tokens`` tokens."""
+        reference = self.expected[request_id].reference
+        if request_id not in self.lost and row.sampling.has_penalties:
+            seen = [*row.prompt, *row.counted]
+            assert seen == reference.tokens[:num_tokens] and len(row.prompt) == reference.num_prompt_tokens
 
     def _check_kv(self, request_id: str, table: Sequence[int], num_tokens: int) -> None:
         """Positions 0 to ``num_tokens - 1``, read through the table, are this sequence's own."""

@@ -120,9 +120,21 @@ def test_sampling_options_arrive(options: list[str], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Engine, "stream", spy)
     arguments = "--temperature 0.7 --top-p 0.9 --top-k 12 --min-p 0.1 --seed 3 --max-tokens 4 --stop x --stop yy"
+    arguments += " --repetition-penalty 1.1 --presence-penalty -0.5 --frequency-penalty 0.2"
     assert main(["generate", "hello", "--raw", *arguments.split(), *options]) == 0
     assert seen == [
-        SamplingParams(temperature=0.7, top_p=0.9, top_k=12, min_p=0.1, seed=3, max_tokens=4, stop=("x", "yy"))
+        SamplingParams(
+            temperature=0.7,
+            top_p=0.9,
+            top_k=12,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=-0.5,
+            frequency_penalty=0.2,
+            seed=3,
+            max_tokens=4,
+            stop=("x", "yy"),
+        )
     ]
 
 

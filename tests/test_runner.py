@@ -81,7 +81,9 @@ def device_rows(state: DecodeState) -> list[Tensor]:
     rows = state.rows(MAX_ROWS)
     sampling = rows.sampling
     tensors = (rows.token_ids, rows.seq_lens, rows.block_tables, rows.active, sampling.temperature, sampling.top_k)
-    return [tensor.clone() for tensor in (*tensors, sampling.top_p, sampling.min_p, sampling.seeds)]
+    return [
+        tensor.clone() for tensor in (*tensors, sampling.top_p, sampling.min_p, sampling.seeds, *sampling.penalties)
+    ]
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def unchanged(make_runner: Callable[..., ModelRunner]) -> Iterator[ModelRunner]:
     """A runner whose rows must be as they were at first when the test is over, on the device and on the host."""
     runner = make_runner()
     yield runner
-    fresh = DecodeState(MAX_ROWS, runner._max_blocks, CPU)
+    fresh = DecodeState(MAX_ROWS, runner._max_blocks, runner._model.spec.vocab_size, CPU)
     for mine, other in zip(device_rows(runner._state), device_rows(fresh), strict=True):
         assert torch.equal(mine, other)
     mirrors = [state._mirror.copy() for state in (runner._state, fresh)]

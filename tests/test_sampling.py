@@ -21,6 +21,7 @@ def test_the_users_example_and_the_documented_defaults() -> None:
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.8, 0.95, 50, 100)
     default = SamplingParams()
     assert (default.temperature, default.top_p, default.top_k, default.max_tokens) == (1.0, 1.0, -1, 16)
+    assert (default.repetition_penalty, default.presence_penalty, default.frequency_penalty) == (1.0, 0.0, 0.0)
     assert (default.min_p, default.seed, default.ignore_eos, default.stop, default.stop_token_ids) == (
         0.0,
         None,
@@ -48,6 +49,12 @@ def test_the_users_example_and_the_documented_defaults() -> None:
         ("top_p", "all", "top_p must be a number, got 'all'"),
         ("min_p", -0.01, "min_p must be finite and between 0 and 1, got -0.01"),
         ("min_p", 1.5, "min_p must be finite and between 0 and 1, got 1.5"),
+        ("repetition_penalty", 0, "repetition_penalty must be finite and between 0.01 and 100, got 0"),
+        ("repetition_penalty", 101, "repetition_penalty must be finite and between 0.01 and 100, got 101"),
+        ("presence_penalty", -2.1, "presence_penalty must be finite and between -2 and 2, got -2.1"),
+        ("presence_penalty", True, "presence_penalty must be a number, got True"),
+        ("frequency_penalty", 2.5, "frequency_penalty must be finite and between -2 and 2, got 2.5"),
+        ("frequency_penalty", math.nan, "frequency_penalty must be finite and between -2 and 2, got nan"),
         ("top_k", 0, "top_k must be at least 1, or -1 to keep all tokens, got 0"),
         ("top_k", -2, "top_k must be at least -1, got -2"),
         ("top_k", 2**31, "top_k must be at most 2147483647, got 2147483648; -1 keeps all tokens"),
@@ -87,6 +94,10 @@ def test_refused(name: str, value: Any, message: str) -> None:
         ("top_p", 1e-6),
         ("min_p", 0),
         ("min_p", 1.0),
+        ("repetition_penalty", 0.01),
+        ("repetition_penalty", 100),
+        ("presence_penalty", -2.0),
+        ("frequency_penalty", 2),
         ("top_k", -1),
         ("top_k", 1),
         ("top_k", 2**31 - 1),
@@ -115,6 +126,11 @@ def test_what_is_accepted_is_in_bounds(temperature: float, top_p: float, top_k: 
         return
     assert 0 <= params.temperature <= MAX_TEMPERATURE
     assert 0 < params.top_p <= 1 and 0 <= params.min_p <= 1 and (params.top_k == -1 or params.top_k >= 1)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_each_penalty_counts(name: str) -> None:
+    assert SamplingParams(**{name: 0.5}).has_penalties and not SamplingParams().has_penalties
 
 
 def test_greedy_is_temperature_zero() -> None:

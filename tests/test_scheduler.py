@@ -18,7 +18,7 @@ from mini_infer.output_processor import OutputProcessor
 from mini_infer.request import FinishReason, Request, RequestStatus
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Scheduler
-from mini_infer.step import ClearRow, ExtendRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.step import ClearRow, ExtendRow, MoveRow, PlaceRow, SampledTokens, SchedulerOutputs, StepKind
 from mini_infer.typing import NO_ROW
 from tests.simulated_device import LOGPROB, NAN, Expected, Reference, SimulatedDevice, sampled_tokens
 
@@ -663,14 +663,16 @@ def test_no_step_is_launched_beyond_max_tokens() -> None:
     assert [bool(engine.launch()) for _ in range(5)] == [True, True, True, False, False]
 
 
-def test_max_tokens_one_ends_with_the_prefill_and_takes_no_row() -> None:
+def test_max_tokens_one_ends_with_the_prefill_and_leaves_its_row() -> None:
     engine = Engine()
     request = engine.add("a", prompt_of(5), 1)
+    other = engine.add("b", prompt_of(5, first=2), 2)
     outputs = engine.launch()
-    assert outputs.chunks[0].is_last and outputs.chunks[0].row == NO_ROW and outputs.edits == ()
-    assert engine.scheduler.num_running == 0
+    assert [chunk.row for chunk in outputs.chunks] == [0, 1], "its penalties need one"
+    assert (request.status, other.row, engine.scheduler.num_running) == (RequestStatus.DRAINING, 0, 1)
     engine.read_back()
     assert request.finish_reason is FinishReason.LENGTH and len(request.output_token_ids) == 1
+    assert engine.launch().edits == (MoveRow(1, 0), ClearRow(1))
 
 
 def test_a_stop_token_at_the_length_limit_is_a_stop() -> None:

@@ -28,6 +28,7 @@ ON_DEVICE = (RequestStatus.PREFILLING, RequestStatus.RUNNING, RequestStatus.DRAI
 SEATED = (RequestStatus.PREFILLING, RequestStatus.RUNNING)
 STEMS = ((0, 0, 1, 0, 1, 1) * 4, (0, 0, 1, 1, 1, 0) * 4)  # prompts begin alike, up to the third or the last token
 Ask: TypeAlias = tuple[tuple[int, ...], int, frozenset[int], int | None]
+PENALTY = 0.5  # of every other request
 PROMPTS = st.builds(
     lambda stem, length, last: (*stem[: length - 1], last),
     st.sampled_from(STEMS),
@@ -138,7 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = Request(
             request_id=f"r{number}",
             prompt_token_ids=prompt,
-            sampling=SamplingParams(max_tokens=max_tokens),
+            sampling=SamplingParams(max_tokens=max_tokens, presence_penalty=PENALTY * (number % 2)),
             seed=number,
             stop_token_ids=stop,
         )

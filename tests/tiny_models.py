@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from mini_infer import SamplingParams
+
 VOCAB_SIZE = 320
 MAX_POSITIONS = 512
 
@@ -77,8 +79,8 @@ def make_tiny_model(variant: str, folder: Path, *, seed: int = 0, **changes: Any
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The model's own greedy continuation, end-of-sequence tokens taken as any other."""
+def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:
+    """The model's own greedy continuation, end-of-sequence tokens taken as any other. ``options``: of `generate`."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids,
@@ -88,5 +90,22 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[i
         do_sample=False,
         eos_token_id=None,
         pad_token_id=2,
+        **options,
     )
     return output[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def penalized(model: PreTrainedModel, prompt: list[int], params: SamplingParams) -> list[int]:
+    """Greedy tokens, penalties worked out from the tokens so far at each step."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + params.max_tokens:
+        logits = model(torch.tensor([tokens])).logits[0, -1].tolist()
+        outputs = tokens[len(prompt) :]
+        for token in set(tokens):
+            x = logits[token]
+            x = x / params.repetition_penalty if x > 0 else x * params.repetition_penalty
+            x -= params.frequency_penalty * outputs.count(token) + params.presence_penalty * (token in outputs)
+            logits[token] = x
+        tokens.append(max(range(len(logits)), key=logits.__getitem__))
+    return tokens[len(prompt) :]

@@ -18,7 +18,8 @@ class MemoryPlan:
         total: All of the device's memory.
         budget: What the engine may use of it.
         weights: Parameters and RoPE tables.
-        workspace: The most that a step needs beside weights, graphs and KV cache, and the staging buffers of swaps.
+        workspace: The most that a step needs beside weights, graphs and KV cache, the counts of the tokens that
+            sequences have seen, and the staging buffers of swaps.
         graphs: Captured graphs, and the kernels loaded for them.
         block_bytes: One KV cache block over all layers.
         num_gpu_blocks: Blocks on the device, the null block not counted.

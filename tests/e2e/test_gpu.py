@@ -13,9 +13,10 @@ from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.graphs.decoder import prefill_logits
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
+from mini_infer.graphs.state import DecodeState
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.step import PrefillChunk
-from tests.tiny_models import VARIANTS, greedy, make_tiny_model
+from tests.tiny_models import VARIANTS, greedy, make_tiny_model, penalized
 from tests.tiny_tokenizers import save_tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +59,40 @@ def test_greedy_tokens(case: tuple[Path, PreTrainedModel]) -> None:
         assert output.token_ids == greedy(model, prompt, 64)
 
 
+def test_penalties(tmp_path: Path) -> None:
+    """Float32: penalties of every kind beside rows without, which swap and move: the tokens of the formula."""
+    save_tiny_tokenizer(tmp_path)
+    model = make_tiny_model("llama3-gqa", tmp_path)
+    penalties: list[dict[str, float]] = [
+        {},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 0.6},
+        {"repetition_penalty": 1.4},
+    ]
+    prompts = prompts_of(10, longest=40)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, **penalties[index % 4])
+        for index, length in enumerate([30, 12, 40, 1, 40, 40, 40, 1, 25, 40])
+    ]
+    config = EngineConfig(
+        model=str(tmp_path),
+        dtype="float32",
+        max_num_seqs=8,
+        max_model_len=112,
+        block_size=4,
+        num_gpu_blocks=60,
+        num_cpu_blocks=100,
+        max_prefill_tokens=24,
+        preemption="swap",
+        progress=False,
+    )
+    with LLMEngine(config) as engine:
+        outputs = engine.generate(prompts, sampling_params=params)
+        assert engine.stats().preemptions["swap"] > 0
+    for prompt, each, output in zip(prompts, params, outputs, strict=True):
+        assert output.token_ids == penalized(model, prompt, each)
+
+
 @torch.inference_mode()
 def test_bfloat16_logits(case: tuple[Path, PreTrainedModel]) -> None:
     """Bfloat16: logits no further from the float32 ones than the library's own in bfloat16, give or take a half."""
@@ -69,7 +104,14 @@ def test_bfloat16_logits(case: tuple[Path, PreTrainedModel]) -> None:
     prompt = prompts_of(1, longest=200)[0] * 2
     table = tuple(range(1, 1 + -(-len(prompt) // 16)))
     chunk = PrefillChunk("a", 0, tuple(prompt), table, SamplingParams(), 0, is_last=True)
-    buffer = PrefillBuffer(len(prompt), 1, block_size=16, max_blocks=32, spare_row=0, device=device)
+    buffer = PrefillBuffer(
+        len(prompt),
+        1,
+        block_size=16,
+        max_blocks=32,
+        state=DecodeState(1, 32, files.spec.vocab_size, device),
+        device=device,
+    )
     buffer.fill([chunk])
     logits = prefill_logits(files.spec, params, kv, buffer.inputs).double().cpu()
     expected = model(torch.tensor([prompt])).logits[0].double()

@@ -97,7 +97,14 @@ def test_seeded_draws_depend_on_nothing_else(folder: Path, options: dict[str, An
     """A seeded request gives the same tokens alone and among others, whatever the engine does with the batch."""
     prompt = [5, 9, 200, 31, 7]
     params = SamplingParams(
-        temperature=1.5, top_p=0.95, top_k=100, min_p=0.001, seed=42, max_tokens=40, ignore_eos=True
+        temperature=1.5,
+        top_p=0.95,
+        top_k=100,
+        min_p=0.001,
+        frequency_penalty=0.4,
+        seed=42,
+        max_tokens=40,
+        ignore_eos=True,
     )
     with make_engine(folder) as engine:
         alone = engine.generate([prompt], sampling_params=params)[0].token_ids

@@ -15,9 +15,10 @@ from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.graphs.decoder import prefill_logits
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
+from mini_infer.graphs.state import DecodeState
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.step import PrefillChunk
-from tests.tiny_models import VARIANTS, greedy, make_tiny_model
+from tests.tiny_models import VARIANTS, greedy, make_tiny_model, penalized
 from tests.tiny_tokenizers import save_tiny_tokenizer
 
 GREEDY_64 = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
@@ -81,7 +82,14 @@ def test_logits(case: Case) -> None:
         start_block = table[-1] + 1
         chunks.append(PrefillChunk(str(index), 0, tuple(prompt), table, SamplingParams(), 0, is_last=True))
     total = sum(map(len, prompts))
-    buffer = PrefillBuffer(total + 7, 2, block_size=16, max_blocks=16, spare_row=0, device=device)
+    buffer = PrefillBuffer(
+        total + 7,
+        2,
+        block_size=16,
+        max_blocks=16,
+        state=DecodeState(1, 16, files.spec.vocab_size, device),
+        device=device,
+    )
     buffer.fill(chunks)
     logits = prefill_logits(files.spec, params, kv, buffer.inputs)
     begin = 0
@@ -176,3 +184,44 @@ def test_cumulative_logprob(llama: Case) -> None:
         logprobs[len(prompt) - 1 + index, token_id].item() for index, token_id in enumerate(output.token_ids)
     )
     assert output.cumulative_logprob == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetition_penalty(llama: Case, penalty: float) -> None:
+    """The library's own repetition penalty, on prompts in chunks that meet different buckets."""
+    prompts = make_prompts(5, seed=8)
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, repetition_penalty=penalty)
+    with make_engine(llama, max_prefill_tokens=32) as engine:
+        outputs = engine.generate(prompts, sampling_params=params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == greedy(llama.model, prompt, 48, repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_penalties(llama: Case, preemption: str, steps_in_flight: int) -> None:
+    """Rows with and without penalties side by side, some of one token only, which move and lose their place."""
+    penalties = [{}, {"presence_penalty": 2.0}, {"frequency_penalty": 0.6}, {"repetition_penalty": 1.4},
+                 {"repetition_penalty": 0.8, "presence_penalty": 1.5, "frequency_penalty": 0.3}]  # fmt: skip
+    prompts = make_prompts(10, seed=9, longest=40)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, **penalties[index % 5])
+        for index, length in enumerate([30, 12, 40, 1, 40, 40, 40, 1, 25, 40])
+    ]
+    expected = [penalized(llama.model, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    with make_engine(
+        llama,
+        max_model_len=112,
+        block_size=4,
+        num_gpu_blocks=30,
+        num_cpu_blocks=0 if preemption == "recompute" else 100,
+        preemption=preemption,
+        max_prefill_tokens=24,
+        steps_in_flight=steps_in_flight,
+    ) as engine:
+        outputs = engine.generate(prompts, sampling_params=params)
+        stats = engine.stats()
+    assert [output.token_ids for output in outputs] == expected
+    assert stats.preemptions[preemption] > 0
+    plain = [greedy(llama.model, prompt, each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+    assert sum(a != b for a, b in zip(plain, expected, strict=True)) >= 5, "the penalties made no difference"

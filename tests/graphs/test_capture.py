@@ -20,6 +20,7 @@ from mini_infer.runner import ModelRunner
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import (
     ClearRow,
+    History,
     MoveRow,
     PlaceRow,
     PrefillChunk,
@@ -37,6 +38,7 @@ MAX_ROWS = 12
 MAX_LEN = 128
 BLOCKS_PER_ROW = MAX_LEN // BLOCK_SIZE
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
+PENALIZED = SamplingParams(temperature=0.0, max_tokens=64, repetition_penalty=1.5, frequency_penalty=0.5)
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,21 @@ def run(runner: ModelRunner, outputs: SchedulerOutputs) -> SampledTokens:
 def prefill(runner: ModelRunner, prompts: list[tuple[int, ...]]) -> SampledTokens:
     """Prompt i goes to row i."""
     chunks = tuple(
-        PrefillChunk(str(row), 0, prompt, table(row), GREEDY, 0, is_last=True, row=row)
+        PrefillChunk(str(row), 0, prompt, table(row), (GREEDY, PENALIZED)[row % 2], 0, is_last=True, row=row)
         for row, prompt in enumerate(prompts)
     )
-    edits = tuple(PlaceRow(row, None, len(prompt) + 1, table(row), GREEDY, 0) for row, prompt in enumerate(prompts))
+    edits = tuple(
+        PlaceRow(
+            row,
+            None,
+            len(prompt) + 1,
+            table(row),
+            (GREEDY, PENALIZED)[row % 2],
+            0,
+            (None, History(tuple(prompt), ()))[row % 2],
+        )
+        for row, prompt in enumerate(prompts)
+    )
     names = tuple(chunk.request_id for chunk in chunks)
     return run(runner, SchedulerOutputs(1, StepKind.PREFILL, 256, names, chunks, edits))
 

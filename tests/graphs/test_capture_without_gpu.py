@@ -97,7 +97,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     make_tiny_model("llama3-gqa", folder, num_hidden_layers=4)
     files = read_model_files(folder)
     params = load_params(files, dtype=torch.float32, device=CPU, max_positions=16)
-    return Model(files.spec, params, KVCache(files.spec, 5, 4, torch.float32, CPU), DecodeState(3, 4, CPU))
+    return Model(
+        files.spec, params, KVCache(files.spec, 5, 4, torch.float32, CPU), DecodeState(3, 4, files.spec.vocab_size, CPU)
+    )
 
 
 def capture(model: Model) -> GraphSet:

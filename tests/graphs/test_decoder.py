@@ -23,7 +23,7 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeRows, DecodeState
 from mini_infer.loader import load_params, read_model_files
 from mini_infer.sampling import SamplingParams
-from mini_infer.step import PlaceRow, PrefillChunk
+from mini_infer.step import History, PlaceRow, PrefillChunk
 from tests.tiny_models import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -32,6 +32,7 @@ MAX_BLOCKS = 10
 NUM_BLOCKS = 40
 NUM_SEQS = 5
 MAX_ROWS = 9
+VOCAB = 320
 SAMPLING = [
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=1.0),
@@ -92,7 +93,7 @@ def copy_of(kv: KVCache, spec: ModelSpec) -> KVCache:
 
 def decode_rows(bucket: int = NUM_SEQS, order: tuple[int, ...] = tuple(range(NUM_SEQS))) -> DecodeRows:
     """Sequence ``order[i]`` in row i, padding up to ``bucket``."""
-    state = DecodeState(MAX_ROWS, MAX_BLOCKS, CPU)
+    state = DecodeState(MAX_ROWS, MAX_BLOCKS, VOCAB, CPU)
     state.apply(
         [PlaceRow(row, 10 + seq, LENGTHS[seq], TABLES[seq], SAMPLING[seq], 100 + seq) for row, seq in enumerate(order)]
     )
@@ -107,7 +108,14 @@ def prefill_inputs(bucket: int) -> PrefillInputs:
         tokens = tuple(draw.randrange(3, 320) for _ in range(start, stop))
         return PrefillChunk(str(seq), start, tokens, TABLES[seq], SAMPLING[seq], 7 + seq, is_last=True, row=seq)
 
-    buffer = PrefillBuffer(bucket, 4, block_size=BLOCK_SIZE, max_blocks=MAX_BLOCKS, spare_row=MAX_ROWS, device=CPU)
+    buffer = PrefillBuffer(
+        bucket,
+        4,
+        block_size=BLOCK_SIZE,
+        max_blocks=MAX_BLOCKS,
+        state=DecodeState(MAX_ROWS, MAX_BLOCKS, VOCAB, CPU),
+        device=CPU,
+    )
     buffer.fill([chunk(2, 0, 7), chunk(3, 6, 17), chunk(4, 21, 23)])
     return buffer.inputs
 
@@ -259,15 +267,19 @@ def test_rows_in_any_order(weights: Weights) -> None:
 
 
 @torch.inference_mode()
-def test_prefill_then_decode_is_one_longer_prefill(weights: Weights) -> None:
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0.9), SamplingParams(temperature=0.9, repetition_penalty=2.5)], ids=str
+)
+def test_prefill_then_decode_is_one_longer_prefill(weights: Weights, params: SamplingParams) -> None:
     """The two steps share one cache: a decode step after a prompt samples what a prompt longer by that token does."""
     draw = random.Random(3)
     tokens = tuple(draw.randrange(3, 320) for _ in range(18))
     table = (7, 3, 22, 9, 14)
-    params = SamplingParams(temperature=0.9)
+    state = DecodeState(2, MAX_BLOCKS, VOCAB, CPU)
 
     def prefill(kv: KVCache, prompt: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        buffer = PrefillBuffer(20, 1, block_size=BLOCK_SIZE, max_blocks=MAX_BLOCKS, spare_row=0, device=CPU)
+        state.apply([PlaceRow(0, None, len(prompt) + 1, table, params, 5, History(prompt, ()))])
+        buffer = PrefillBuffer(20, 1, block_size=BLOCK_SIZE, max_blocks=MAX_BLOCKS, state=state, device=CPU)
         buffer.fill([PrefillChunk("a", 0, prompt, table, params, 5, is_last=True, row=0)])
         token_ids, logprobs = prefill_step(weights.spec, weights.params, kv, buffer.inputs)
         return token_ids[:1], logprobs[:1]
@@ -275,6 +287,5 @@ def test_prefill_then_decode_is_one_longer_prefill(weights: Weights) -> None:
     expected = prefill(noisy_cache(weights.spec), tokens)
     kv = noisy_cache(weights.spec)
     prefill(kv, tokens[:-1])
-    state = DecodeState(2, MAX_BLOCKS, CPU)
-    state.apply([PlaceRow(0, tokens[-1], len(tokens), table, params, 5)])
+    state.apply([PlaceRow(0, tokens[-1], len(tokens), table, params, 5, History(tokens[:-1], ()))])
     assert_same(decode_step(weights.spec, weights.params, kv, state.rows(1)), expected)

@@ -11,12 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_infer.graphs.prefill_inputs import PrefillBuffer
+from mini_infer.graphs.state import DecodeState
 from mini_infer.sampling import MAX_SEED, SamplingParams
 from mini_infer.step import PrefillChunk
 from mini_infer.typing import NO_ROW
 from tests.hypothesis_profiles import PROPERTY
 
 CPU = torch.device("cpu")
+
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Shape:
             self.max_chunks,
             block_size=self.block_size,
             max_blocks=self.max_blocks,
-            spare_row=self.spare_row,
+            state=DecodeState(self.spare_row, self.max_blocks, 10, device),
             device=device,
         )
 
@@ -76,6 +81,9 @@ def chunks_for(draw: st.DrawFn, shape: Shape) -> list[PrefillChunk]:
                     top_p=draw(st.sampled_from([1.0, 0.1])),
                     top_k=draw(st.sampled_from([-1, 1, 2**31 - 1])),
                     min_p=draw(st.sampled_from([0.0, 0.3])),
+                    repetition_penalty=draw(st.sampled_from([1.0, 1.2])),
+                    presence_penalty=draw(st.sampled_from([0.0, -1.5])),
+                    frequency_penalty=draw(st.sampled_from([0.0, 0.5])),
                 ),
                 draw(st.sampled_from([0, 1, 2**32, 2**40 + 7, MAX_SEED])),
                 is_last=row != NO_ROW,
@@ -103,7 +111,7 @@ def oracle(shape: Shape, chunks: list[PrefillChunk]) -> dict[str, list[Any]]:
         name: []
         for name in (
             "token_ids", "positions", "slot_mapping", "block_tables", "context_lens", "query_start_loc", "last_tokens",
-            "rows", "temperature", "top_k", "top_p", "min_p", "seeds",
+            "rows", "seeds", "count_rows", *SAMPLING,
         )
     }  # fmt: skip
     for token_ids, start, table, row, sampling, seed in sequences:
@@ -118,9 +126,10 @@ def oracle(shape: Shape, chunks: list[PrefillChunk]) -> dict[str, list[Any]]:
         expected["context_lens"].append(start + len(token_ids) if token_ids else 1)
         expected["last_tokens"].append(len(expected["token_ids"]) - 1)
         expected["rows"].append(shape.spare_row if row == NO_ROW else row)
-        for name in ("temperature", "top_k", "top_p", "min_p"):
+        for name in SAMPLING:
             expected[name].append(getattr(sampling, name))
         expected["seeds"].append(seed)
+        expected["count_rows"].append(row if row != NO_ROW and sampling.has_penalties else -1)
     expected["query_start_loc"].append(len(expected["token_ids"]))
     return expected
 
@@ -137,6 +146,10 @@ def tensors(buffer: PrefillBuffer) -> dict[str, torch.Tensor]:
             )
         },
         **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seeds")},
+        "repetition_penalty": sampling.penalties.repetition,
+        "presence_penalty": sampling.penalties.presence,
+        "frequency_penalty": sampling.penalties.frequency,
+        "count_rows": sampling.penalties.count_rows,
     }  # fmt: skip
 
 
@@ -186,7 +199,7 @@ def test_what_the_kernels_rely_on(data: st.DataObject) -> None:
 def test_types() -> None:
     """What the kernels take: int32 but for seeds, float32 thresholds, everything dense."""
     for name, tensor in tensors(Shape(7, 3, 4, 2, 5).buffer()).items():
-        floats = name in ("temperature", "top_p", "min_p")
+        floats = name in SAMPLING and name != "top_k"
         expected = torch.float32 if floats else torch.int64 if name == "seeds" else torch.int32
         assert tensor.dtype == expected, name
         assert tensor.is_contiguous(), name
@@ -212,7 +225,7 @@ def test_buffers_that_share_memory() -> None:
     """A smaller buffer in the memory of a larger one: each is as if it were alone, whichever was filled before."""
     large, small = Shape(40, 5, 4, 6, 5), Shape(8, 3, 4, 6, 5)
     first = large.buffer()
-    options: dict[str, Any] = {"block_size": 4, "max_blocks": 6, "spare_row": 5, "device": CPU}
+    options: dict[str, Any] = {"block_size": 4, "max_blocks": 6, "state": DecodeState(5, 6, 10, CPU), "device": CPU}
     second = PrefillBuffer(8, 3, **options, storage=first.storage)
     assert second.storage.data_ptr() == first.storage.data_ptr()
     for shape, buffer in ((large, first), (small, second), (large, first)):

@@ -22,7 +22,9 @@ def make_model(folder: Path, variant: str, num_layers: int) -> Model:
     make_tiny_model(variant, folder, num_hidden_layers=num_layers)
     files = read_model_files(folder)
     params = load_params(files, dtype=torch.float32, device=CPU, max_positions=16)
-    return Model(files.spec, params, KVCache(files.spec, 5, 4, torch.float32, CPU), DecodeState(3, 4, CPU))
+    return Model(
+        files.spec, params, KVCache(files.spec, 5, 4, torch.float32, CPU), DecodeState(3, 4, files.spec.vocab_size, CPU)
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_few_layers(tmp_path: Path, variant: str, num_layers: int, chosen: list[
 def test_its_steps_leave_no_trace(tmp_path: Path) -> None:
     """On padding they write to the null block, and the rows stay as they are."""
     model = make_model(tmp_path, "qwen2-window", 4)
-    few, buffer = model.few_layers(), PrefillBuffer(8, 2, block_size=4, max_blocks=4, spare_row=3, device=CPU)
+    few, buffer = model.few_layers(), PrefillBuffer(8, 2, block_size=4, max_blocks=4, state=model.state, device=CPU)
     buffer.fill(())
     rows = model.state.rows(3)
     before = [rows.token_ids.clone(), rows.seq_lens.clone()]

@@ -5,6 +5,7 @@ import torch
 
 from mini_infer.kernels import decode_frame
 from mini_infer.kernels.decode_frame import advance_rows, embed_rows
+from mini_infer.kernels.penalties import MAX_COUNT
 
 BLOCK_SIZE = 4
 
@@ -26,8 +27,14 @@ def make_rows(num_rows, device):
 def test_embed_rows(backend, num_rows, hidden_size, dtype):
     token_ids, seq_lens, tables, _ = make_rows(num_rows, backend.device)
     embedding = torch.randn(50, hidden_size + 6, device=backend.device).to(dtype)[:, 3 : hidden_size + 3]
+    count_rows = torch.tensor([3, -1, 0, -1, -1][:num_rows], dtype=torch.int32, device=backend.device)
+    counts = torch.randint(0, 9, (4, 50 + 6), device=backend.device).short()[:, :50]
+    counts[0, token_ids[2 % num_rows]] = 2 * MAX_COUNT + 1
+    before = counts.clone()
     run = backend.pick(embed_rows, decode_frame._launch_embed_rows)
-    hidden, positions, slots = run(token_ids, seq_lens, tables, embedding, BLOCK_SIZE)
+    hidden, positions, slots = run(token_ids, seq_lens, tables, embedding, BLOCK_SIZE, count_rows, counts)
+    before[3, token_ids[0]] += 2  # that of row 2 is as high as it goes
+    assert torch.equal(counts, before)
     assert torch.equal(hidden, embedding[token_ids])
     for row, (length, table) in enumerate(zip(seq_lens.tolist(), tables.tolist(), strict=True)):
         position = max(length - 1, 0)
@@ -54,14 +61,19 @@ def test_advance_rows(backend, num_rows):
 def test_bad_arguments():
     token_ids, seq_lens, tables, active = make_rows(3, "cpu")
     embedding, logprobs = torch.zeros(50, 8), torch.zeros(3)
+    counted = active - 1, torch.zeros(2, 50, dtype=torch.int16)
     with pytest.raises(ValueError, match="token_ids must be int64"):
-        embed_rows(token_ids.int(), seq_lens, tables, embedding, BLOCK_SIZE)
+        embed_rows(token_ids.int(), seq_lens, tables, embedding, BLOCK_SIZE, *counted)
     with pytest.raises(ValueError, match=r"seq_lens must be int32 \[3\]"):
-        embed_rows(token_ids, seq_lens[:2], tables, embedding, BLOCK_SIZE)
+        embed_rows(token_ids, seq_lens[:2], tables, embedding, BLOCK_SIZE, *counted)
     with pytest.raises(ValueError, match=r"block_tables must be int32 \[3, max_blocks\]"):
-        embed_rows(token_ids, seq_lens, tables[:2], embedding, BLOCK_SIZE)
+        embed_rows(token_ids, seq_lens, tables[:2], embedding, BLOCK_SIZE, *counted)
     with pytest.raises(ValueError, match="dense"):
-        embed_rows(token_ids, seq_lens, tables, embedding.t(), BLOCK_SIZE)
+        embed_rows(token_ids, seq_lens, tables, embedding.t(), BLOCK_SIZE, *counted)
+    with pytest.raises(ValueError, match=r"count_rows must be int32 \[3\]"):
+        embed_rows(token_ids, seq_lens, tables, embedding, BLOCK_SIZE, active[:2], counted[1])
+    with pytest.raises(ValueError, match="token_counts must be int16"):
+        embed_rows(token_ids, seq_lens, tables, embedding, BLOCK_SIZE, active, counted[1].int())
     with pytest.raises(ValueError, match="active must be"):
         advance_rows(token_ids, seq_lens, active.long(), token_ids, logprobs)
     with pytest.raises(ValueError, match="logprobs must be"):
@@ -71,7 +83,11 @@ def test_bad_arguments():
 def test_opcheck(device):
     token_ids, seq_lens, tables, active = make_rows(3, device)
     embedding = torch.randn(50, 8, device=device)
-    torch.library.opcheck(torch.ops.mini_infer.embed_rows.default, (token_ids, seq_lens, tables, embedding, BLOCK_SIZE))
+    counts = torch.zeros(2, 50, dtype=torch.int16, device=device)
+    torch.library.opcheck(
+        torch.ops.mini_infer.embed_rows.default,
+        (token_ids, seq_lens, tables, embedding, BLOCK_SIZE, active - 1, counts),
+    )
     logprobs = torch.zeros(3, device=device)
     torch.library.opcheck(
         torch.ops.mini_infer.advance_rows.default, (token_ids, seq_lens, active, token_ids + 1, logprobs)

@@ -74,11 +74,13 @@ blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfl
 block_copy._launch_gather_blocks(blocks, slots, staged)
 block_copy._launch_scatter_blocks(staged, slots, blocks)
 f = torch.ones(4)
-decode_frame._launch_embed_rows(slots, slots.int(), tables, h, 16)
+counts = torch.zeros(4, 300).short()
+decode_frame._launch_embed_rows(slots, slots.int(), tables, h, 16, slots.int(), counts)
 decode_frame._launch_advance_rows(slots, slots.int(), slots.int(), slots, f)
 for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.randn(4, 1).half()):
-    sampling._launch_sample(logits, f, f.int(), f, f, slots, slots)
-sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int())
+    counts = torch.zeros(4, logits.shape[1]).short()
+    sampling._launch_sample(logits, f, f.int(), f, f, slots, slots, (f, f, f, slots.int(), counts))
+sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int(), ())
 assert len(set(compiled)) == 21, set(compiled)
 """
 

@@ -20,11 +20,12 @@ from mini_infer.kernels import (
     silu_and_mul,
     store_kv,
 )
+from mini_infer.kernels.penalties import Penalties
 
 ROOT = Path(mini_infer.kernels.__file__).resolve().parents[1]
 
 
-def op_arguments(device, num_seqs=3, heads=4, kv_heads=2, head_dim=16, vocab=50):
+def op_arguments(device, num_seqs=3, heads=4, kv_heads=2, head_dim=16, vocab=64):
     """Positional arguments of each op, by name."""
 
     def ints(values, dtype=torch.int32):
@@ -68,6 +69,7 @@ def op_arguments(device, num_seqs=3, heads=4, kv_heads=2, head_dim=16, vocab=50)
             ones * 0.01,
             positions,
             positions,
+            (ones * 1.3, ones * 0.5, -ones, ints([1, -1, 0]), ints([[0, 1, 2, 5] * (vocab // 4)] * 2, torch.int16)),
         ),
     }
 
@@ -89,7 +91,8 @@ def block(x, weight, qkv_weight, cos, sin, positions, key_cache, value_cache, sl
     out = paged_attention(q, key_cache, value_cache, tables, lens, sliding_window=6)
     out = out + paged_prefill_attention(q, key_cache, value_cache, tables, lens, starts)
     logits = silu_and_mul(torch.cat([out.flatten(1), residual], -1))
-    return (*sample(logits, *sampling), logits)
+    *how, penalties = sampling
+    return (*sample(logits, *how, Penalties(*penalties)), logits)
 
 
 def block_arguments(device):
@@ -169,7 +172,7 @@ def test_block_on_the_gpu_equals_the_cpu(device):
     arguments = block_arguments("cpu")
 
     def move(a):
-        return tuple(b.to(device) for b in a) if isinstance(a, tuple) else a.to(device)
+        return tuple(map(move, a)) if isinstance(a, tuple) else a.to(device)
 
     there = tuple(move(a) for a in arguments)
     expected = block(*arguments)

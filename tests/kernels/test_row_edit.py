@@ -101,11 +101,12 @@ def test_floats_keep_their_bits(backend):
     """Temperatures and thresholds travel as bits: nothing is rounded, denormals and -0.0 included."""
     values = (0.0, 0.1, 1e-45)
     state = random_state(random.Random(1), 2, 1)
-    edits = [(1, -1, 3, [9, 1, -1, *map(bits, values)], 5, [4])]
+    first = FIELDS.index("temperature")
+    edits = [(1, -1, 3, [*range(first), *map(bits, values), 7, 8, 9], 5, [4])]
     tensors = tensors_of(state, backend.device)
     backend.pick(edit_rows, _launch_edit_rows)(stage_of(edits, backend.device), *tensors.values())
-    assert tensors["fields"][3:].view(torch.float32)[:, 1].tolist() == torch.tensor(values).tolist()
-    assert FIELDS[3:] == ("temperature", "top_p", "min_p")
+    assert tensors["fields"][first : first + 3].view(torch.float32)[:, 1].tolist() == torch.tensor(values).tolist()
+    assert FIELDS[first : first + 3] == ("temperature", "top_p", "min_p")
 
 
 def test_layout_of_a_line():
@@ -133,7 +134,7 @@ def test_bad_arguments():
         edit_rows(stage[:, :-1], *everything)
     with pytest.raises(ValueError, match="stage must be int32"):
         edit_rows(stage.long(), *everything)
-    with pytest.raises(ValueError, match=r"fields must be int32 \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"fields must be int32 \[10, 4\]"):
         edit_rows(stage, tensors["tokens"], tensors["fields"][:5], tensors["seeds"], tensors["tables"])
     with pytest.raises(ValueError, match="fields must be int32"):
         edit_rows(stage, tensors["tokens"], tensors["fields"].float(), tensors["seeds"], tensors["tables"])

@@ -30,6 +30,7 @@ def run(backend, logits, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, seeds=
         expand(rows, min_p, torch.float32, device),
         expand(rows, seeds, torch.int64, device),
         expand(rows, positions, torch.int64, device),
+        () if backend.name == "interpreter" else None,  # no penalties
     )
 
 
