@@ -20,7 +20,8 @@ from mini_infer.graphs.state import DecodeRows, SamplingRows
 from mini_infer.kernels.attention_decode import paged_attention
 from mini_infer.kernels.attention_prefill import paged_prefill_attention
 from mini_infer.kernels.decode_frame import embed_rows
-from mini_infer.kernels.linear import add_linear, norm_linear
+from mini_infer.kernels.linear import add_linear, linear, norm_linear
+from mini_infer.kernels.norm import rmsnorm
 from mini_infer.kernels.qkv_prologue import prepare_qkv
 from mini_infer.kernels.sampling import sample
 
@@ -87,7 +88,7 @@ def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillIn
 
 def prefill_logits(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
     """Logits of every token of a prefill step, [num_tokens, vocab_size]; for comparing models, not for serving."""
-    return norm_linear(_prefill_hidden(spec, params, kv, inputs), params.norm, spec.rms_norm_eps, params.head)
+    return _logits(spec, params, _prefill_hidden(spec, params, kv, inputs))
 
 
 def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
@@ -120,7 +121,7 @@ def _layers(
     for index, layer in enumerate(params.layers):
         key_cache, value_cache = kv.layers[index]
         query = prepare_qkv(
-            norm_linear(hidden, layer.input_norm, spec.rms_norm_eps, layer.qkv),
+            norm_linear(hidden, spec.rms_norm_eps, layer.qkv),
             layer.q_norm,
             layer.k_norm,
             params.cos,
@@ -135,17 +136,21 @@ def _layers(
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
         add_linear(hidden, attended.flatten(1), layer.o)
         for rows in hidden.split(_MLP_ROWS):
-            gated = norm_linear(rows, layer.post_norm, spec.rms_norm_eps, layer.gate_up, gated=True)
+            gated = norm_linear(rows, spec.rms_norm_eps, layer.gate_up, gated=True)
             add_linear(rows, gated, layer.down)
             del gated  # before the next rows need as much
+
+
+def _logits(spec: ModelSpec, params: Params, hidden: Tensor) -> Tensor:
+    """[rows, vocab_size]. The norm keeps its weight: a tied head is the embedding as well."""
+    return linear(rmsnorm(hidden, params.norm, spec.rms_norm_eps), params.head)
 
 
 def _sample(
     spec: ModelSpec, params: Params, hidden: Tensor, sampling: SamplingRows, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logits = norm_linear(hidden, params.norm, spec.rms_norm_eps, params.head)  # [rows, vocab_size]
     return sample(
-        logits,
+        _logits(spec, params, hidden),
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,

@@ -13,24 +13,20 @@ from mini_infer.kernels.linear import LinearWeight
 
 @dataclass(frozen=True, slots=True)
 class LayerParams:
-    """Weights of one decoder layer.
+    """Weights of one decoder layer. Those of its two norms are in ``qkv`` and ``gate_up``.
 
     Attributes:
-        input_norm: [hidden_size], before attention.
         qkv: Query, key and value projections stacked, [q_size + 2 * kv_size, hidden_size].
         q_norm, k_norm: [head_dim] each, or None.
         o: [hidden_size, q_size].
-        post_norm: [hidden_size], before the feed-forward layer.
         gate_up: Gate and up projections stacked, [2 * intermediate_size, hidden_size].
         down: [hidden_size, intermediate_size].
     """
 
-    input_norm: Tensor
     qkv: LinearWeight
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: LinearWeight
-    post_norm: Tensor
     gate_up: LinearWeight
     down: LinearWeight
 

@@ -1,4 +1,6 @@
-"""What the kernels of matrix products with a few rows share: which rows of the weight a program owns, and the gate."""
+"""What the kernels of matrix products with a few rows share: which rows of the weight a program owns, the gate, and the
+norm of x. Each row of x is divided by its root mean square after the product, so that the product need not wait for it.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -25,6 +27,22 @@ def weight_rows(n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     else:
         rows = tl.minimum(tl.program_id(0) * BLOCK_N + j, n - 1)
     return rows.to(tl.int64)
+
+
+@triton.jit
+def partial_squares(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Squares of x [ROWS, COLS], summed over 8 columns that lie side by side: [ROWS, COLS // 8] float32.
+
+    A thread has these 8 to itself; what is left of the sum takes an exchange, and is done once, by the caller.
+    """
+    x = x.to(tl.float32)
+    return tl.sum(tl.reshape(x * x, [ROWS, COLS // 8, 8]), axis=2)
+
+
+@triton.jit
+def inverse_rms(squares, k, eps):
+    """1 / sqrt(mean of squares + eps), from the sum of k squares."""
+    return 1.0 / tl.sqrt_rn(squares / k + tl.cast(eps, tl.float32))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The matrix product with up to 64 rows on tensor cores, through registers: `dot` tiles of `skinny_linear`.
 
 x is padded to 16, 32 or 64 rows for the tensor cores, which idle most of the time; a program owns `block_n` weight rows
-and pipelines over the columns, or has them all in flight at once where they fit. With `split_k` > 1 several programs
+and pipelines over the columns, or has them all in flight at once where they fit; it may norm x for itself, from the
+squares of what passes through (`linear_common`). With `split_k` > 1 several programs
 share the columns, and `reduce_splits` adds their sums. A program fetches its first weights while the kernel before it
 still runs (`dependent_launch`).
 """
@@ -16,7 +17,14 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import LINE, prefetched_columns, silu_mul, weight_rows
+from mini_infer.kernels.linear_common import (
+    LINE,
+    inverse_rms,
+    partial_squares,
+    prefetched_columns,
+    silu_mul,
+    weight_rows,
+)
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
@@ -32,12 +40,14 @@ def _dot_kernel(
     k,
     x_stride,
     weight_stride,
+    eps,
     M_PAD: tl.constexpr,  # 16, 32 or 64
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORMS: tl.constexpr,  # needs SPLIT_K == 1
     ADD: tl.constexpr,  # to what out holds
     ONE_TILE: tl.constexpr,  # BLOCK_K takes all of a program's columns
     EVEN_K: tl.constexpr,
@@ -63,6 +73,8 @@ def _dot_kernel(
         w = tl.load(w_source + cols[None, :], mask=(cols < last)[None, :], other=0.0, eviction_policy="evict_first")
         wait(DEPENDENT)
         x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < last)[None, :], other=0.0)
+        if NORMS:
+            squares = partial_squares(x, M_PAD, BLOCK_K)
         if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
@@ -72,6 +84,7 @@ def _dot_kernel(
             prefetch(w_source + tl.minimum(first + tl.arange(0, PREFETCHED // LINE) * LINE, k - 1)[None, :])
         wait(DEPENDENT)
         acc = tl.zeros([M_PAD, BLOCK_N], tl.float32)
+        squares = tl.zeros([M_PAD, BLOCK_K // 8], tl.float32)
         for start in range(first, last, BLOCK_K):
             cols = start + offsets
             # Masked: the padding rows cost no traffic.
@@ -81,10 +94,14 @@ def _dot_kernel(
             else:
                 x = tl.load(x_source + cols[None, :], mask=(x_rows < m)[:, None] & (cols < k)[None, :], other=0.0)
                 w = tl.load(w_source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
+            if NORMS:
+                squares += partial_squares(x, M_PAD, BLOCK_K)
             if UPCAST:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if NORMS:
+        acc *= inverse_rms(tl.sum(squares, axis=1), k, eps)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
     if GATED:
@@ -110,6 +127,7 @@ def launch_dot(
     bias: Tensor | None,
     tile: Tile,
     gated: bool,
+    eps: float,
     out: Tensor,
     add: bool,
 ) -> None:
@@ -127,12 +145,14 @@ def launch_dot(
         k,
         rows.stride(0),
         weight.stride(0),
+        eps,
         M_PAD=max(16, next_power_of_2(m)),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=split_k,
         GATED=gated and whole,
         HAS_BIAS=bias is not None and whole,
+        NORMS=tile.norms,
         ADD=add and whole,
         ONE_TILE=tile.block_k * split_k >= k,
         EVEN_K=k % tile.block_k == 0,

@@ -1,7 +1,8 @@
 """The matrix product with 1 to 4 rows, in registers: `gemv` tiles of `skinny_linear`.
 
 A program owns `block_n` rows of the weight and multiplies in registers, all columns in flight at once where they fit,
-and may norm x for itself. It fetches its first weights while the kernel before it still runs (`dependent_launch`).
+and may norm x for itself (`linear_common`). It fetches its first weights while the kernel before it still runs
+(`dependent_launch`).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,7 +14,7 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import LINE, silu_mul, weight_rows
+from mini_infer.kernels.linear_common import LINE, inverse_rms, silu_mul, weight_rows
 from mini_infer.kernels.linear_plan import Tile
 
 
@@ -56,12 +57,28 @@ def _load_x(x_ptr, row, m, x_stride, cols, k, EVEN_K: tl.constexpr):
     return x.to(tl.float32)[None, :]
 
 
+@triton.jit
+def _normed(total, squares, k, eps, NORMS: tl.constexpr):
+    """The products [BLOCK_N] of a row of x, divided by its root mean square; squares: parts of the sum of its own."""
+    if NORMS:
+        total *= inverse_rms(tl.sum(squares), k, eps)
+    return total
+
+
+@triton.jit
+def _add_row(total, squares, w, x_ptr, row, m, x_stride, cols, k, EVEN_K: tl.constexpr, NORMS: tl.constexpr):
+    """The products of some columns with a row of x added to those before, and its squares to theirs."""
+    x = _load_x(x_ptr, row, m, x_stride, cols, k, EVEN_K)
+    if NORMS:
+        squares += x * x
+    return total + w * x, squares
+
+
 @triton.jit(do_not_specialize=["m"])
 def _gemv_kernel(
     x_ptr,  # [m, k]
     weight_ptr,  # [n, k]
     bias_ptr,  # [n]
-    norm_ptr,  # [k]; unread unless HAS_NORM
     out_ptr,  # [m, n] or [m, n / 2] contiguous
     m,
     n,
@@ -75,14 +92,13 @@ def _gemv_kernel(
     NUM_STAGES: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,  # needs ONE_TILE
+    NORMS: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
     ONE_TILE: tl.constexpr,  # BLOCK_K >= k
     EVEN_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     rows = weight_rows(n, BLOCK_N, GATED)
     offsets = tl.arange(0, BLOCK_K)
     source = weight_ptr + rows[:, None] * weight_stride
@@ -93,16 +109,12 @@ def _gemv_kernel(
             w = tl.load(
                 source + offsets[None, :], mask=(offsets < k)[None, :], other=0.0, eviction_policy="evict_first"
             )
-        if HAS_NORM:
-            norm = tl.load(norm_ptr + offsets, mask=offsets < k, other=0.0).to(tl.float32)[None, :]
         wait(DEPENDENT)
         w = w.to(tl.float32)
         for row in tl.static_range(M_PAD):
             x = _load_x(x_ptr, row, m, x_stride, offsets, k, EVEN_K)
-            if HAS_NORM:  # with the roundings of `rmsnorm`
-                inv_rms = 1.0 / tl.sqrt_rn(tl.sum(x * x) / k + tl.cast(eps, tl.float32))
-                x = ((x * inv_rms).to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
-            _store_row(tl.sum(w * x, 1), row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+            total = _normed(tl.sum(w * x, 1), x * x, k, eps, NORMS)
+            _store_row(total, row, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
     else:
         if DEPENDENT:
             prefetch(source + tl.minimum(tl.arange(0, max(BLOCK_K // LINE, 1)) * LINE, k - 1)[None, :])
@@ -111,6 +123,10 @@ def _gemv_kernel(
         sum1 = sum0
         sum2 = sum0
         sum3 = sum0
+        squares0 = tl.zeros([1, BLOCK_K], tl.float32)
+        squares1 = squares0
+        squares2 = squares0
+        squares3 = squares0
         for start in tl.range(0, k, BLOCK_K, num_stages=NUM_STAGES):
             cols = start + offsets
             if EVEN_K:
@@ -118,18 +134,22 @@ def _gemv_kernel(
             else:
                 w = tl.load(source + cols[None, :], mask=(cols < k)[None, :], other=0.0)
             w = w.to(tl.float32)
-            sum0 += w * _load_x(x_ptr, 0, m, x_stride, cols, k, EVEN_K)
+            sum0, squares0 = _add_row(sum0, squares0, w, x_ptr, 0, m, x_stride, cols, k, EVEN_K, NORMS)
             if M_PAD > 1:
-                sum1 += w * _load_x(x_ptr, 1, m, x_stride, cols, k, EVEN_K)
+                sum1, squares1 = _add_row(sum1, squares1, w, x_ptr, 1, m, x_stride, cols, k, EVEN_K, NORMS)
             if M_PAD > 2:
-                sum2 += w * _load_x(x_ptr, 2, m, x_stride, cols, k, EVEN_K)
-                sum3 += w * _load_x(x_ptr, 3, m, x_stride, cols, k, EVEN_K)
-        _store_row(tl.sum(sum0, 1), 0, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+                sum2, squares2 = _add_row(sum2, squares2, w, x_ptr, 2, m, x_stride, cols, k, EVEN_K, NORMS)
+                sum3, squares3 = _add_row(sum3, squares3, w, x_ptr, 3, m, x_stride, cols, k, EVEN_K, NORMS)
+        total = _normed(tl.sum(sum0, 1), squares0, k, eps, NORMS)
+        _store_row(total, 0, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
         if M_PAD > 1:
-            _store_row(tl.sum(sum1, 1), 1, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+            total = _normed(tl.sum(sum1, 1), squares1, k, eps, NORMS)
+            _store_row(total, 1, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
         if M_PAD > 2:
-            _store_row(tl.sum(sum2, 1), 2, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
-            _store_row(tl.sum(sum3, 1), 3, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+            total = _normed(tl.sum(sum2, 1), squares2, k, eps, NORMS)
+            _store_row(total, 2, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
+            total = _normed(tl.sum(sum3, 1), squares3, k, eps, NORMS)
+            _store_row(total, 3, rows, bias_ptr, out_ptr, m, n, BLOCK_N, GATED, HAS_BIAS, ADD)
 
 
 def launch_gemv(
@@ -138,7 +158,6 @@ def launch_gemv(
     bias: Tensor | None,
     tile: Tile,
     gated: bool,
-    norm: Tensor | None,
     eps: float,
     out: Tensor,
     add: bool,
@@ -148,7 +167,6 @@ def launch_gemv(
         rows,
         weight,
         weight if bias is None else bias,
-        weight if norm is None else norm,
         out,
         m,
         n,
@@ -162,7 +180,7 @@ def launch_gemv(
         NUM_STAGES=tile.num_stages,
         GATED=gated,
         HAS_BIAS=bias is not None,
-        HAS_NORM=norm is not None,
+        NORMS=tile.norms,
         ADD=add,
         ONE_TILE=tile.block_k >= k,
         EVEN_K=k % tile.block_k == 0,

@@ -17,17 +17,21 @@ M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
+MAX_NORMED_ROWS = 32
+"""From 64 rows on the tensor cores take x from shared memory while the program goes on. Triton (3.6) then keeps too few
+buffers for an x that is read into registers as well: the next one may be written over it."""
 PLANS = Path(__file__).parent / "plans"
 
 Kind = Literal["gemv", "dot", "halves", "tma"]
-Role = Literal["norm", "norm_gate", "add"]
-"""What is done beside the product: RMSNorm before it, silu(gate) * up after it as well, or adding it to a residual."""
+Role = Literal["plain", "norm", "norm_gate", "add"]
+"""What is done beside the product: nothing, the norm of x before it, silu(gate) * up after it as well, or adding it to
+a residual. The norm divides each row by its root mean square; its weight is part of the product's (`linear`)."""
 
 ShapeKey = tuple[int, int, Role]
 """(n, k, role): weight rows, weight columns, what is done beside the product."""
 
 _KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "tma")
-_ROLES: tuple[Role, ...] = ("norm", "norm_gate", "add")
+_ROLES: tuple[Role, ...] = ("plain", "norm", "norm_gate", "add")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Tile:
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline over the columns.
         split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
-        norms: Whether each program norms the rows of x for itself, where they are to be normed; "gemv" with whole rows
-            only. Else a kernel of its own does it before.
+        norms: Whether each program norms the rows of x for itself, where they are to be normed; "gemv", and "dot" for
+            up to 32 rows. Else a kernel of its own does it before. Not with ``split_k``: a program must see whole rows.
         block_m: Rows of x of a program; "tma" only.
     """
 
@@ -70,8 +74,8 @@ class Tile:
                 raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
         if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
-        if self.norms and self.kind != "gemv":
-            raise ValueError(f"only a gemv tile norms its rows, got {self}")
+        if self.norms and (self.kind == "tma" or self.split_k > 1):
+            raise ValueError(f"only gemv and dot tiles norm, whose programs do not share the columns, got {self}")
 
     def to_ints(self) -> list[int]:
         """The tile as the ops take it."""
@@ -118,7 +122,7 @@ def default_tile(m: int, n: int, k: int, role: Role, element_size: int) -> Tile 
         if block_k > 16384:
             return Tile("gemv", 2, 2048, num_warps=8, num_stages=3)
         block_n = max(2 if role == "norm_gate" else 1, min(4, 4096 // block_k))
-        norms = role != "add" and m == 1 and block_k <= 2048  # worth it while it is much less than the product
+        norms = role in ("norm", "norm_gate") and m == 1 and block_k <= 2048  # much less than the product
         return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4, norms=norms)
     if m > 32 or element_size != 2:
         return None

@@ -1,6 +1,6 @@
 """RMSNorm, alone and fused with the residual add (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
-    rmsnorm(x)        = cast(x / sqrt(mean(x ** 2) + eps)) * weight
+    rmsnorm(x)        = cast(x / sqrt(mean(x ** 2) + eps)) * weight, without the last factor if there is no weight
     add_rmsnorm(x, r) = rmsnorm(x + r), x + r
 
 x, residual: [..., hidden], last dimension dense, float32, float16 or bfloat16; weight: [hidden] in the same dtype. The
@@ -20,11 +20,12 @@ from mini_infer.kernels.common import check_floating, check_same, next_power_of_
 from mini_infer.kernels.dependent_launch import release, wait
 
 
-def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rmsnorm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm in plain torch."""
     x32 = x.float()
     inv_rms = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
-    return (x32 * inv_rms).to(x.dtype).mul_(weight)
+    normed = (x32 * inv_rms).to(x.dtype)
+    return normed if weight is None else normed.mul_(weight)
 
 
 def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: floa
 def _rmsnorm_kernel(
     x_ptr,  # [num_rows, hidden], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
     residual_ptr,  # same shape and strides of its own; unread unless HAS_RESIDUAL
-    weight_ptr,  # [hidden]
+    weight_ptr,  # [hidden]; unread unless HAS_WEIGHT
     out_ptr,  # [num_rows, hidden] contiguous
     new_residual_ptr,  # [num_rows, hidden] contiguous; unwritten unless HAS_RESIDUAL
     num_rows,
@@ -50,6 +51,7 @@ def _rmsnorm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -60,7 +62,8 @@ def _rmsnorm_kernel(
     outer_index = rows // inner
     inner_index = rows % inner
     x_rows = outer_index * x_stride_outer + inner_index * x_stride_inner
-    weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
     wait(DEPENDENT)
     x = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     out_offsets = rows[:, None] * HIDDEN + cols[None, :]
@@ -72,8 +75,10 @@ def _rmsnorm_kernel(
         x = rounded.to(tl.float32)
     mean_square = tl.sum(x * x, axis=1) / HIDDEN  # [BLOCK_ROWS]
     inv_rms = 1.0 / tl.sqrt_rn(mean_square + tl.cast(eps, tl.float32))
-    normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + out_offsets, (normed * weight[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty)
+    if HAS_WEIGHT:
+        normed = (normed.to(tl.float32) * weight[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offsets, normed, mask=mask)
 
 
 def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -85,7 +90,7 @@ def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x.contiguous(), x.shape[-1], 0, 1
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_residual = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -104,7 +109,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     _rmsnorm_kernel[((num_rows + block_rows - 1) // block_rows,)](
         x,
         r,
-        weight,
+        x if weight is None else weight,
         out,
         new_residual,
         num_rows,
@@ -117,6 +122,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         HIDDEN=hidden,
         BLOCK_ROWS=block_rows,
         BLOCK_HIDDEN=block_hidden,
+        HAS_WEIGHT=weight is not None,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(max(block_hidden // 256, 4), 16),
         **dependent_launch.options(),
@@ -124,7 +130,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return out, new_residual
 
 
-def _launch_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _launch_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _launch(x, None, weight, eps)[0]
 
 
@@ -132,11 +138,11 @@ def _launch_add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     return _launch(x, residual, weight, eps)
 
 
-def _rmsnorm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rmsnorm_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return rmsnorm_reference(x, weight, eps).contiguous()
 
 
-def _rmsnorm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rmsnorm_fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -148,21 +154,23 @@ _rmsnorm_op = register_op("rmsnorm", _rmsnorm_fake, cpu=_rmsnorm_cpu, cuda=_laun
 _add_rmsnorm_op = register_op("add_rmsnorm", _add_rmsnorm_fake, cpu=add_rmsnorm_reference, cuda=_launch_add_rmsnorm)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor | None) -> None:
     check_floating("x", x)
-    if x.dim() < 1 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"weight must be [{x.shape[-1] if x.dim() else '?'}] (x's last dimension), got {tuple(weight.shape)}"
-        )
+    if x.dim() < 1:
+        raise ValueError("x must be [..., hidden], got a scalar")
+    if weight is None:
+        return
+    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(f"weight must be [{x.shape[-1]}] (x's last dimension), got {tuple(weight.shape)}")
     check_same("weight", weight, "x", x)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension.
 
     Args:
         x: [..., hidden]; a strided view such as the q heads of a fused qkv row is read in place.
-        weight: [hidden], dtype of x.
+        weight: [hidden], dtype of x; None for one of ones.
         eps: Added to the mean square.
 
     Returns:

@@ -2,10 +2,10 @@
 
     skinny_linear(x)     = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias,  silu(z) = z / (1 + exp(-z))
-    norm_linear(x)       = skinny_linear(rmsnorm(x)),  rmsnorm(x) = cast(x / sqrt(mean(x ** 2) + eps)) * norm
+    norm_linear(x)       = skinny_linear(x / sqrt(mean(x ** 2) + eps))
     add_linear(r, x)     : r += skinny_linear(x)
 
-x: [..., k], weight: [n, k], bias: [n] or None, norm: [k], r: [..., n]; float32, float16 or bfloat16 -> [..., n], or
+x: [..., k], weight: [n, k], bias: [n] or None, r: [..., n]; float32, float16 or bfloat16 -> [..., n], or
 [..., n / 2] with the gate (rows 0 to n / 2 - 1 of the weight are the gate). Products are summed in float32 in an order
 that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
@@ -24,7 +24,7 @@ from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.common import register_op
 from mini_infer.kernels.linear_dot import launch_dot
 from mini_infer.kernels.linear_gemv import launch_gemv
-from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, Tile
+from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, MAX_NORMED_ROWS, Tile
 from mini_infer.kernels.linear_tma import launch_tma
 from mini_infer.kernels.norm import rmsnorm_reference
 
@@ -51,13 +51,13 @@ def launch_skinny_linear(
     tile: Tile,
     *,
     gated: bool = False,
-    norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
     """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma).
 
-    With `norm` [k] x is normed first; with `residual` [..., n] the product is added to it in place.
+    A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. With `residual`
+    [..., n] the product is added to it in place.
 
     Raises:
         ValueError: the tile does not do such a product.
@@ -69,28 +69,30 @@ def launch_skinny_linear(
         return out
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     m = rows.shape[0]
-    _check_tile(tile, m, weight, gated, norm, residual)
+    _check_tile(tile, m, weight, gated, eps, residual)
     if tile.kind == "halves":
         return _by_halves(rows, weight, bias).view(out.shape)
     if tile.kind == "gemv":
-        launch_gemv(rows, weight, bias, tile, gated, norm, eps, out, residual is not None)
+        launch_gemv(rows, weight, bias, tile, gated, eps, out, residual is not None)
     elif tile.kind == "dot":
-        launch_dot(rows, weight, bias, tile, gated, out, residual is not None)
+        launch_dot(rows, weight, bias, tile, gated, eps, out, residual is not None)
     else:
         launch_tma(rows, weight, bias, tile, gated, out, residual is not None)
     return out
 
 
-def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, norm: Tensor | None, residual: Tensor | None) -> None:
-    n, k = weight.shape
+def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, eps: float, residual: Tensor | None) -> None:
+    n = weight.shape[0]
     most = {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS}.get(tile.kind, m)
     if tile.kind == "halves" and not gated:
         raise ValueError("without a gate there are no halves")
     narrow = gated and tile.kind != "halves" and tile.block_n < 2
     if m > most or narrow or (gated and n % 2) or weight.stride(1) != 1:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
-    if norm is not None and (tile.kind != "gemv" or tile.block_k < k):
-        raise ValueError(f"{tile} does not norm rows of {k}: a program must see whole rows")
+    if tile.norms and tile.kind == "dot" and m > MAX_NORMED_ROWS:
+        raise ValueError(f"{tile} does not norm {m} rows, {MAX_NORMED_ROWS} at most")
+    if tile.norms and (residual is not None or eps <= 0.0):
+        raise ValueError(f"{tile}: a tile that norms takes no residual, and an eps greater than 0, got {eps}")
     if residual is not None and (gated or not residual.is_contiguous()):
         raise ValueError("a residual must be contiguous, and takes no gate")
 
@@ -119,19 +121,19 @@ def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gated: b
 
 
 def _norm_linear_cuda(
-    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
 ) -> Tensor:
-    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated, norm=norm, eps=eps)
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated, eps=eps)
 
 
 def _norm_linear_cpu(
-    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
 ) -> Tensor:
-    return skinny_linear_reference(rmsnorm_reference(x, norm, eps), weight, bias, gated)
+    return skinny_linear_reference(rmsnorm_reference(x, None, eps), weight, bias, gated)
 
 
 def _norm_linear_fake(
-    x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
 ) -> Tensor:
     return _skinny_linear_fake(x, weight, bias, gated, tile)
 
@@ -149,10 +151,10 @@ def _add_linear_fake(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 skinny_linear_op = register_op("skinny_linear", _skinny_linear_fake, cpu=_skinny_linear_cpu, cuda=_skinny_linear_cuda)
-"""(x, weight, bias, gated, `Tile.to_ints`) -> y."""
+"""(x, weight, bias, gated, `Tile.to_ints` of one that does not norm) -> y."""
 
 norm_linear_op = register_op("norm_linear", _norm_linear_fake, cpu=_norm_linear_cpu, cuda=_norm_linear_cuda)
-"""(x, norm, weight, bias, eps, gated, `Tile.to_ints`) -> y."""
+"""(x, weight, bias, eps, gated, `Tile.to_ints` of one that norms) -> y."""
 
 add_linear_op = register_op(
     "add_linear", _add_linear_fake, cpu=_add_linear_cpu, cuda=_add_linear_cuda, mutates=("residual",)

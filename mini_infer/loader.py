@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mini_infer.exceptions import ModelNotFoundError, UnsupportedModelError
 from mini_infer.graphs.params import LayerParams, Params, rope_tables
 from mini_infer.graphs.spec import ModelSpec
-from mini_infer.kernels.linear import LinearWeight, pack_linear, with_tiles
+from mini_infer.kernels.linear import LinearWeight, fold_norm, pack_linear, with_tiles
 from mini_infer.kernels.linear_plan import LinearPlan
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -172,34 +172,36 @@ def _planned(params: Params) -> Params:
         )
         for layer in params.layers
     )
-    return replace(params, layers=layers, head=with_tiles(params.head, plan, "norm"))
+    return replace(params, layers=layers, head=with_tiles(params.head, plan, "plain"))
 
 
 def _layer(spec: ModelSpec, get: GetTensor, prefix: str) -> LayerParams:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
 
-    def stacked(parts: list[tuple[str, int]], width: int, bias: bool) -> LinearWeight:
-        weights = [get(f"{name}.weight", (rows, width)) for name, rows in parts]
+    def normed(norm: str, parts: list[tuple[str, int]], bias: bool) -> LinearWeight:
+        """Projections of the normed residual stream, stacked."""
+        weights = torch.cat([get(f"{name}.weight", (rows, hidden)) for name, rows in parts])
         biases = [get(f"{name}.bias", (rows,)) for name, rows in parts] if bias else None
-        if len(parts) == 1:
-            return _linear_weight(weights[0], biases[0] if biases else None)
-        return _linear_weight(torch.cat(weights), torch.cat(biases) if biases else None)
+        fold_norm(weights, get(f"{prefix}.{norm}.weight", (hidden,)))
+        return _linear_weight(weights, torch.cat(biases) if biases else None)
+
+    def alone(name: str, width: int, bias: bool) -> LinearWeight:
+        return _linear_weight(get(f"{name}.weight", (hidden, width)), get(f"{name}.bias", (hidden,)) if bias else None)
 
     qkv = [
         (f"{attention}.q_proj", spec.q_size),
         (f"{attention}.k_proj", spec.kv_size),
         (f"{attention}.v_proj", spec.kv_size),
     ]
+    gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
     return LayerParams(
-        input_norm=get(f"{prefix}.input_layernorm.weight", (hidden,)),
-        qkv=stacked(qkv, hidden, spec.qkv_bias),
+        qkv=normed("input_layernorm", qkv, spec.qkv_bias),
         q_norm=get(f"{attention}.q_norm.weight", (spec.head_dim,)) if spec.qk_norm else None,
         k_norm=get(f"{attention}.k_norm.weight", (spec.head_dim,)) if spec.qk_norm else None,
-        o=stacked([(f"{attention}.o_proj", hidden)], spec.q_size, spec.o_bias),
-        post_norm=get(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-        gate_up=stacked([(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)], hidden, spec.mlp_bias),
-        down=stacked([(f"{mlp}.down_proj", hidden)], inner, spec.mlp_bias),
+        o=alone(f"{attention}.o_proj", spec.q_size, spec.o_bias),
+        gate_up=normed("post_attention_layernorm", gate_up, spec.mlp_bias),
+        down=alone(f"{mlp}.down_proj", inner, spec.mlp_bias),
     )
 
 

@@ -31,7 +31,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mini_infer.kernels.activation import silu_and_mul
-from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_DOT_ROWS, MAX_GEMV_ROWS, PLANS, LinearPlan, Role, Tile
+from mini_infer.kernels.linear_plan import (
+    M_BUCKETS,
+    MAX_DOT_ROWS,
+    MAX_GEMV_ROWS,
+    MAX_NORMED_ROWS,
+    PLANS,
+    LinearPlan,
+    Role,
+    Tile,
+)
 from mini_infer.kernels.norm import rmsnorm
 from mini_infer.kernels.skinny_linear import launch_skinny_linear
 
@@ -41,14 +50,14 @@ SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
         "o": (4096, 4096, "add"),
         "gate_up": (28672, 4096, "norm_gate"),
         "down": (4096, 14336, "add"),
-        "head": (128256, 4096, "norm"),
+        "head": (128256, 4096, "plain"),
     },
     "0.6b": {
         "qkv": (4096, 1024, "norm"),
         "o": (1024, 2048, "add"),
         "gate_up": (6144, 1024, "norm_gate"),
         "down": (1024, 3072, "add"),
-        "head": (151936, 1024, "norm"),
+        "head": (151936, 1024, "plain"),
     },
 }
 COLD_BYTES = 512 << 20  # eight times the 60 MB L2 of an H200: what an unusual replacement keeps is little too
@@ -76,7 +85,7 @@ class Problem:
     @property
     def normed(self) -> bool:
         """Whether x is normed first."""
-        return self.role != "add"
+        return self.role in ("norm", "norm_gate")
 
 
 def gemv_tiles(problem: Problem) -> list[Tile]:
@@ -90,10 +99,7 @@ def gemv_tiles(problem: Problem) -> list[Tile]:
     else:
         sizes = [(1, block_k, 8, 1), (1, block_k, 16, 1), (1, 2048, 8, 4), (2, 2048, 8, 3), (4, 1024, 4, 4)]
     least = 2 if problem.gated else 1
-    tiles = [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
-    if not problem.normed:
-        return tiles
-    return tiles + [replace(tile, norms=True) for tile in tiles if tile.block_k >= problem.k]
+    return [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
 
 
 def dot_tiles(problem: Problem) -> list[Tile]:
@@ -171,8 +177,10 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
     dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
     tma = tma_tiles(problem) if problem.m > 2 else []
-    halves = [Tile("halves")] if problem.gated and problem.m > MAX_DOT_ROWS else []
-    return gemv[:2] + dot[:2] + tma[:2] + halves if quick else gemv + dot + tma + halves
+    tiles = gemv[:2] + dot[:2] + tma[:2] if quick else gemv + dot + tma
+    if problem.normed and problem.m <= MAX_NORMED_ROWS:
+        tiles += [replace(tile, norms=True) for tile in tiles if tile.kind != "tma" and tile.split_k == 1]
+    return [*tiles, Tile("halves")] if problem.gated and problem.m > MAX_DOT_ROWS else tiles
 
 
 def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
@@ -241,27 +249,26 @@ def compile_one(job: tuple[Problem, Tile]) -> str:
     x = torch.empty(problem.m, problem.k, dtype=torch.bfloat16)
     weight = torch.empty(problem.n, problem.k, dtype=torch.bfloat16)  # never touched, so never backed by memory
     try:
-        run_tile(problem, x, x[0], torch.empty(problem.m, problem.n, dtype=x.dtype), weight, tile)
+        run_tile(problem, x, torch.empty(problem.m, problem.n, dtype=x.dtype), weight, tile)
     except Exception as error:  # the compiler raises many kinds
         return f"{problem.name} m={problem.m} {tile}: {first_line(error)}"
     return ""
 
 
-def run_tile(problem: Problem, x: Tensor, norm: Tensor, residual: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+def run_tile(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """The product as one of our kernels does it."""
-    if not problem.normed:
+    if problem.role == "add":
         return launch_skinny_linear(x, weight, None, tile, residual=residual)
-    if tile.norms:
-        return launch_skinny_linear(x, weight, None, tile, gated=problem.gated, norm=norm, eps=EPS)
-    normed = rmsnorm(x, norm, EPS) if x.is_cuda else x  # where there is no GPU, to compile, the norm is no candidate's
-    return launch_skinny_linear(normed, weight, None, tile, gated=problem.gated)
+    if problem.normed and not tile.norms and x.is_cuda:  # where there is no GPU, to compile, the norm is no candidate's
+        x = rmsnorm(x, None, EPS)
+    return launch_skinny_linear(x, weight, None, tile, gated=problem.gated, eps=EPS)
 
 
-def run_library(problem: Problem, x: Tensor, norm: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+def run_library(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     """The product as cuBLAS does it, with our kernels beside it."""
-    if not problem.normed:
+    if problem.role == "add":
         return residual.addmm_(x, weight.t())
-    product = F.linear(rmsnorm(x, norm, EPS), weight)
+    product = F.linear(rmsnorm(x, None, EPS) if problem.normed else x, weight)
     return silu_and_mul(product) if problem.gated else product
 
 
@@ -308,17 +315,16 @@ def tune(
     m = problem.m
     copies, weight_bytes = weights.shape[0], weights[0].numel() * weights.element_size()
     x = torch.randn(m, problem.k, device="cuda", dtype=weights.dtype)
-    norm = torch.rand(problem.k, device="cuda").to(weights.dtype) + 0.5
     residual = torch.zeros(m, problem.n, device="cuda", dtype=weights.dtype)
-    expected = run_library(problem, x, norm, residual, weights[0]).clone()
-    library_us = measure(lambda i: run_library(problem, x, norm, residual, weights[i]), copies, weight_bytes, stream)
+    expected = run_library(problem, x, residual, weights[0]).clone()
+    library_us = measure(lambda i: run_library(problem, x, residual, weights[i]), copies, weight_bytes, stream)
     best: Tile | None = None
     best_us, label = library_us * WORTHWHILE, "cuBLAS"
     timings: list[tuple[float, Tile]] = []
     for tile in tiles:
 
         def run(i: int, tile: Tile = tile) -> Tensor:
-            return run_tile(problem, x, norm, residual, weights[i], tile)
+            return run_tile(problem, x, residual, weights[i], tile)
 
         try:
             residual.zero_()

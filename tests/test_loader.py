@@ -107,13 +107,17 @@ def test_fused_matrices_are_their_parts(models: Callable[[str], Path], variant: 
     tensors = load_file(models(variant) / "model.safetensors")
     used = {"model.embed_tokens.weight", "model.norm.weight"}
 
-    def check(ours: LinearWeight, *names: str) -> None:
+    def check(ours: LinearWeight, *names: str, norm: str | None = None) -> None:
         for kind, value in (("weight", ours.weight), ("bias", ours.bias)):
             parts = [f"{name}.{kind}" for name in names]
             if value is None:
                 assert not set(parts) & set(tensors)
                 continue
-            assert torch.equal(value, torch.cat([tensors[part] for part in parts]))
+            expected = torch.cat([tensors[part] for part in parts])
+            if norm is not None and kind == "weight":  # the norm's weight is in the columns
+                expected = expected * tensors[norm]
+                used.add(norm)
+            assert torch.equal(value, expected)
             used.update(parts)
         assert ours.weight is not None
         assert (ours.out_features, ours.in_features) == ours.weight.shape
@@ -123,13 +127,13 @@ def test_fused_matrices_are_their_parts(models: Callable[[str], Path], variant: 
     for index, layer in enumerate(params.layers):
         prefix = f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        check(layer.qkv, f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
+        projections = [f"{attention}.{name}_proj" for name in "qkv"]
+        check(layer.qkv, *projections, norm=f"{prefix}.input_layernorm.weight")
         check(layer.o, f"{attention}.o_proj")
-        check(layer.gate_up, f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        norm = f"{prefix}.post_attention_layernorm.weight"
+        check(layer.gate_up, f"{mlp}.gate_proj", f"{mlp}.up_proj", norm=norm)
         check(layer.down, f"{mlp}.down_proj")
         for ours, name in (
-            (layer.input_norm, f"{prefix}.input_layernorm.weight"),
-            (layer.post_norm, f"{prefix}.post_attention_layernorm.weight"),
             (layer.q_norm, f"{attention}.q_norm.weight"),
             (layer.k_norm, f"{attention}.k_norm.weight"),
         ):
@@ -208,8 +212,9 @@ def test_dummy_weights_by_seed(models: Callable[[str], Path], tmp_path: Path) ->
 def test_dummy_weights_differ_between_tensors(models: Callable[[str], Path]) -> None:
     """No two layers alike: a mix-up of layers would go unnoticed. Norms are near 1."""
     params = load(models("qwen3"), dummy_seed=0)
-    assert not torch.equal(params.layers[0].input_norm, params.layers[1].input_norm)
-    for norm in (params.norm, params.layers[0].post_norm, params.layers[0].q_norm):
+    first, second = (layer.qkv.weight for layer in params.layers[:2])
+    assert first is not None and second is not None and not torch.equal(first, second)
+    for norm in (params.norm, params.layers[0].q_norm, params.layers[0].k_norm):
         assert norm is not None
         assert norm.mean().item() == pytest.approx(1.0, abs=0.05)
     assert params.embedding.std().item() == pytest.approx(0.02, rel=0.1)

@@ -14,6 +14,7 @@ from mini_infer.step import (
     CaptureRecord,
     ClearRow,
     ExtendRow,
+    History,
     Members,
     MoveRow,
     PlaceRow,
@@ -80,6 +81,7 @@ def test_selecting_members_and_their_tokens() -> None:
         SchedulerOutputs(1, StepKind.IDLE),
         chunk("a", 0, 1),
         PlaceRow(0, None, 2, (1,), PARAMS, 0),
+        History((1,), ()),
         MoveRow(1, 0),
         ExtendRow(0, 1, (2,)),
         ClearRow(0),
@@ -101,6 +103,7 @@ def test_everything_in_the_module_is_tested_for_being_frozen() -> None:
     assert defined == {
         SchedulerOutputs,
         PrefillChunk,
+        History,
         PlaceRow,
         MoveRow,
         ExtendRow,

@@ -39,6 +39,7 @@ from mini_infer.kernels.linear_plan import Tile
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 x = torch.randn(4, 2048).bfloat16()
 norm._launch_rmsnorm(x, x[0], 1e-6)
+norm._launch_rmsnorm(x, None, 1e-6)
 norm._launch_add_rmsnorm(x, x, x[0], 1e-6)
 activation._launch_silu_and_mul(x)
 q, k = torch.randn(4, 8, 128).bfloat16(), torch.randn(4, 2, 128).bfloat16()
@@ -61,8 +62,8 @@ for dtype, dim in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 128)
         )
 h, w, r = torch.randn(4, 256).bfloat16(), torch.randn(64, 256).bfloat16(), torch.randn(4, 64).bfloat16()
 for gated in (False, True):
-    skinny_linear.launch_skinny_linear(h, w, None, Tile("gemv", 2, 256, 4), gated=gated, norm=h[0], eps=1e-6)
-    skinny_linear.launch_skinny_linear(h, w, None, Tile("dot", 16, 64, 2, 3), gated=gated)
+    skinny_linear.launch_skinny_linear(h, w, None, Tile("gemv", 2, 256, 4, norms=True), gated=gated, eps=1e-6)
+    skinny_linear.launch_skinny_linear(h, w, None, Tile("dot", 16, 64, 2, 3, norms=True), gated=gated, eps=1e-6)
 for tile in (Tile("gemv", 2, 64, 4, 3), Tile("dot", 16, 64, 2, 3), Tile("dot", 16, 64, 2, 3, split_k=2)):
     skinny_linear.launch_skinny_linear(h, w, w[:, 0].contiguous(), tile, residual=r)
 h = torch.randn(40, 256).bfloat16()

@@ -7,8 +7,8 @@ import torch
 
 from mini_infer.kernels import LinearWeight, pack_linear, rmsnorm
 from mini_infer.kernels.common import INTERPRET
-from mini_infer.kernels.linear import add_linear, can_pack, linear, norm_linear, with_tiles
-from mini_infer.kernels.linear_plan import M_BUCKETS, PLANS, LinearPlan, Tile, default_tile, pick
+from mini_infer.kernels.linear import add_linear, can_pack, fold_norm, linear, norm_linear, with_tiles
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_NORMED_ROWS, PLANS, LinearPlan, Tile, default_tile, pick
 from mini_infer.kernels.skinny_linear import launch_skinny_linear
 
 GEMV_TILES = [
@@ -70,7 +70,7 @@ def test_bad_arguments():
 
 
 EPS = 1e-5
-NORM_TILES = [Tile("gemv", 2, 256, num_warps=4, norms=True), Tile("gemv", 8, 128, num_warps=8, norms=True)]
+NORM_TILES = [dataclasses.replace(tile, norms=True) for tile in GEMV_TILES + DOT_TILES if tile.split_k == 1]
 
 
 def make_product(m, n, k, dtype, device, bias=True):
@@ -79,14 +79,10 @@ def make_product(m, n, k, dtype, device, bias=True):
     return x, weight, torch.randn(n, device=device).to(dtype) if bias else None
 
 
-def make_norm(k, dtype, device):
-    return (1 + 0.1 * torch.randn(k, device=device)).to(dtype)
-
-
-def expected_product(x, weight, bias, gated=False, norm=None):
+def expected_product(x, weight, bias, gated=False, normed=False):
     x = x.double()
-    if norm is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
+    if normed:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
     both = x @ weight.double().T
     if bias is not None:
         both = both + bias.double()
@@ -130,13 +126,12 @@ def test_tiles(kernel_device, assert_close, tile, gated, dtype):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("tile", NORM_TILES, ids=str)
 def test_tiles_norm_their_input(kernel_device, assert_close, tile, gated, dtype):
-    # The interpreter cuts a bfloat16 off where a GPU rounds it: twice here, always down.
-    tolerance = 3e-2 if dtype == torch.bfloat16 and kernel_device.type == "cpu" else None
     for m, n, k, bias in odd_cases(tile):
-        x, weight, bias = make_product(m, n, k, dtype, kernel_device, bias)
-        x, norm = 3 * x, make_norm(k, dtype, kernel_device)
-        out = launch_skinny_linear(x, weight, bias, tile, gated=gated, norm=norm, eps=EPS)
-        assert_close(f"{m}x{n}x{k}", out, expected_product(x, weight, bias, gated, norm), tolerance)
+        x, weight, bias = make_product(min(m, MAX_NORMED_ROWS), n, k, dtype, kernel_device, bias)
+        m = x.shape[0]
+        x *= torch.logspace(-2, 2, m, device=kernel_device).to(dtype)[:, None]
+        out = launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
+        assert_close(f"{m}x{n}x{k}", out, expected_product(x, weight, bias, gated, normed=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,15 +163,15 @@ def test_tiles_take_any_rows(kernel_device, assert_close, tile):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", GEMV_TILES[:2] + DOT_TILES + TMA_TILES, ids=str)
+@pytest.mark.parametrize("tile", [*GEMV_TILES[:2], *DOT_TILES, *TMA_TILES, *NORM_TILES[1::3]], ids=str)
 def test_rows_do_not_see_each_other(kernel_device, tile, gated):
     """A row's result has the same bits again, in another place, and beside other rows."""
     x, weight, bias = make_product(4, 70, 104, torch.bfloat16, kernel_device)
-    out = launch_skinny_linear(x, weight, bias, tile, gated=gated)
-    assert torch.equal(out, launch_skinny_linear(x, weight, bias, tile, gated=gated))
-    assert torch.equal(out.flip(0), launch_skinny_linear(x.flip(0), weight, bias, tile, gated=gated))
+    out = launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
+    assert torch.equal(out, launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS))
+    assert torch.equal(out.flip(0), launch_skinny_linear(x.flip(0), weight, bias, tile, gated=gated, eps=EPS))
     other = torch.cat([x[:2], torch.randn_like(x[2:])])
-    assert torch.equal(out[:2], launch_skinny_linear(other, weight, bias, tile, gated=gated)[:2])
+    assert torch.equal(out[:2], launch_skinny_linear(other, weight, bias, tile, gated=gated, eps=EPS)[:2])
 
 
 def test_tiles_refuse_what_they_cannot_do():
@@ -185,13 +180,14 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, GEMV_TILES[0], gated=False)
     with pytest.raises(ValueError, match="gated: True"):
         launch_skinny_linear(x[:1], weight[:31], None, GEMV_TILES[0], gated=True)
-    norm = make_norm(32, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="must see whole rows"):
-        launch_skinny_linear(x[:1], weight, None, Tile("gemv", 2, 16, 4), norm=norm)
-    with pytest.raises(ValueError, match="must see whole rows"):
-        launch_skinny_linear(x, weight, None, DOT_TILES[0], norm=norm)
-    with pytest.raises(ValueError, match="only a gemv tile norms"):
-        Tile("dot", 16, 64, 2, norms=True)
+    for arguments in ({}, {"eps": EPS, "residual": torch.zeros(5, 32)}):
+        with pytest.raises(ValueError, match="norms takes no residual, and an eps"):
+            launch_skinny_linear(x, weight, None, Tile("dot", 16, 64, 4, norms=True), **arguments)
+    with pytest.raises(ValueError, match="does not norm 33 rows, 32 at most"):
+        launch_skinny_linear(x.repeat(7, 1)[:33], weight, None, Tile("dot", 16, 64, 4, norms=True), eps=EPS)
+    for tile in (Tile("dot", 16, 64, 2, split_k=2), Tile("tma", 64, 64, 4, block_m=16)):
+        with pytest.raises(ValueError, match="only gemv and dot tiles norm"):
+            dataclasses.replace(tile, norms=True)
     with pytest.raises(ValueError, match="no halves"):
         launch_skinny_linear(x, weight, None, Tile("halves"))
     with pytest.raises(ValueError, match="residual must be contiguous"):
@@ -222,10 +218,9 @@ def test_by_halves(kernel_device, assert_close, bias):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_opcheck(device, gated):
     x, weight, bias = make_product(3, 32, 48, torch.float32, device)
-    norm = make_norm(48, torch.float32, device)
-    tile = GEMV_TILES[0].to_ints()
-    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x, norm, weight, bias, EPS, gated, tile))
-    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x[None], norm, weight, None, EPS, gated, tile))
+    tile = NORM_TILES[0].to_ints()
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x, weight, bias, EPS, gated, tile))
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x[None], weight, None, EPS, gated, tile))
     tile = DOT_TILES[2].to_ints()
     torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x, weight, bias, gated, tile))
     torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x[None], weight, None, gated, tile))
@@ -240,10 +235,10 @@ def test_with_what_lies_beside_the_product(assert_close, packed, bias):
     x, weight, bias = make_product(3, 48, 64, torch.float32, "cpu", bias)
     projection = LinearWeight.from_tensors(weight, bias)
     projection = pack_linear(projection) if packed else projection
-    norm = make_norm(64, torch.float32, "cpu")
-    assert_close("norm", norm_linear(x, norm, EPS, projection), expected_product(x, weight, bias, False, norm))
-    gated = norm_linear(x, norm, EPS, projection, gated=True)
-    assert_close("gate", gated, expected_product(x, weight, bias, True, norm))
+    assert_close("plain", linear(x, projection), expected_product(x, weight, bias))
+    assert_close("norm", norm_linear(x, EPS, projection), expected_product(x, weight, bias, False, normed=True))
+    gated = norm_linear(x, EPS, projection, gated=True)
+    assert_close("gate", gated, expected_product(x, weight, bias, True, normed=True))
     for rows in (x, x[None]):
         residual = torch.randn(*rows.shape[:-1], 48)
         expected = residual.double() + expected_product(rows, weight, bias)
@@ -256,18 +251,20 @@ def test_with_what_lies_beside_the_product(assert_close, packed, bias):
 def test_attached_tiles_are_used(assert_close):
     """Below the last row count through our ops, above it through the library, with the same result."""
     x, weight, bias = make_product(300, 48, 64, torch.float32, "cpu")
-    norm = make_norm(64, torch.float32, "cpu")
     plan = LinearPlan()
     tiled = {
         role: dataclasses.replace(LinearWeight.from_tensors(weight, bias), tiles=plan.tiles(48, 64, role))
-        for role in ("norm", "norm_gate", "add")
+        for role in ("plain", "norm", "norm_gate", "add")
     }
 
+    def plain(x):
+        return linear(x, tiled["plain"])
+
     def normed(x):
-        return norm_linear(x, norm, EPS, tiled["norm"])
+        return norm_linear(x, EPS, tiled["norm"])
 
     def gated(x):
-        return norm_linear(x, norm, EPS, tiled["norm_gate"], gated=True)
+        return norm_linear(x, EPS, tiled["norm_gate"], gated=True)
 
     def added(x):
         residual = torch.ones(x.shape[0], 48)
@@ -275,14 +272,17 @@ def test_attached_tiles_are_used(assert_close):
         return residual
 
     for m in (1, 9, 300):
-        assert_close("norm", normed(x[:m]), expected_product(x[:m], weight, bias, False, norm))
-        assert_close("gate", gated(x[:m]), expected_product(x[:m], weight, bias, True, norm))
+        assert_close("plain", plain(x[:m]), expected_product(x[:m], weight, bias))
+        assert_close("norm", normed(x[:m]), expected_product(x[:m], weight, bias, False, normed=True))
+        assert_close("gate", gated(x[:m]), expected_product(x[:m], weight, bias, True, normed=True))
         assert_close("add", added(x[:m]), 1 + expected_product(x[:m], weight, bias))
 
     def names(function, rows):
         graph = torch.export.export(Wrapped(function), (rows,)).graph
         return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
+    assert names(plain, x[:1]) == ["mini_infer.skinny_linear.default"]
+    assert names(plain, x) == ["aten.linear.default"]
     assert names(normed, x[:1]) == ["mini_infer.norm_linear.default"]
     assert names(normed, x[:8]) == ["mini_infer.rmsnorm.default", "mini_infer.skinny_linear.default"]
     assert names(normed, x) == ["mini_infer.rmsnorm.default", "aten.linear.default"]
@@ -305,6 +305,15 @@ class Wrapped(torch.nn.Module):
         return self.function(x)
 
 
+def test_a_folded_norm_is_the_norm(assert_close):
+    """The weight of a norm, multiplied into the product's: the same as the norm first."""
+    x, weight, bias = make_product(5, 48, 64, torch.float32, "cpu")
+    norm = 1 + 0.3 * torch.randn(64)
+    expected = rmsnorm(x, norm, EPS).double() @ weight.double().T + bias.double()
+    projection = LinearWeight.from_tensors(fold_norm(weight.clone(), norm), bias)
+    assert_close("folded", norm_linear(x, EPS, projection), expected)
+
+
 def test_cpu_weights_get_no_tiles():
     weight = LinearWeight.from_tensors(torch.randn(8, 4))
     assert with_tiles(weight, LinearPlan(), "add") is weight
@@ -324,14 +333,14 @@ def test_default_tiles_are_valid():
     for m in M_BUCKETS:
         for n in (2, 100, 1024, 151936):
             for k in (1, 64, 100, 4096, 14336, 53248):
-                for role in ("norm", "norm_gate", "add"):
+                for role in ("plain", "norm", "norm_gate", "add"):
                     for element_size in (2, 4):
                         tile = default_tile(m, n, k, role, element_size)
                         if tile is None:
                             continue
                         assert m <= (4 if tile.kind == "gemv" else 64)
                         assert tile.block_n >= (2 if role == "norm_gate" else 1)
-                        assert not tile.norms or (role != "add" and tile.block_k >= k)
+                        assert not tile.norms or role in ("norm", "norm_gate")
                         assert Tile.from_ints(tile.to_ints()) == tile
 
 
@@ -370,15 +379,16 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
     torch.manual_seed(0)
     for n, k in ((6144, 1024), (1024, 3072), (4096, 14336), (4098, 4096)):
         x, weight, _ = make_product(m, n, k, dtype, "cuda", bias=False)
-        norm, residual = make_norm(k, dtype, "cuda"), torch.randn(m, n, device="cuda").to(dtype)
+        residual = torch.randn(m, n, device="cuda").to(dtype)
         for plan in (LinearPlan(), LinearPlan.for_gpu(torch.cuda.get_device_name())):
             plain = LinearWeight.from_tensors(weight)
-            tiled = {role: with_tiles(plain, plan, role) for role in ("norm", "norm_gate", "add")}
+            tiled = {role: with_tiles(plain, plan, role) for role in ("plain", "norm", "norm_gate", "add")}
             assert all(len(weight.tiles) == len(M_BUCKETS) for weight in tiled.values())
-            out = norm_linear(x, norm, EPS, tiled["norm"])
-            assert_close(f"norm {n}x{k}", out, expected_product(x, weight, None, False, norm))
-            out = norm_linear(x, norm, EPS, tiled["norm_gate"], gated=True)
-            assert_close(f"gate {n}x{k}", out, expected_product(x, weight, None, True, norm))
+            assert_close(f"plain {n}x{k}", linear(x, tiled["plain"]), expected_product(x, weight, None))
+            out = norm_linear(x, EPS, tiled["norm"])
+            assert_close(f"norm {n}x{k}", out, expected_product(x, weight, None, False, normed=True))
+            out = norm_linear(x, EPS, tiled["norm_gate"], gated=True)
+            assert_close(f"gate {n}x{k}", out, expected_product(x, weight, None, True, normed=True))
             out = residual.clone()
             add_linear(out, x, tiled["add"])
             assert_close(f"add {n}x{k}", out, residual.double() + expected_product(x, weight, None))
@@ -390,6 +400,7 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
     "tile",
     [
         Tile("gemv", 2, 1024, 4, norms=True),
+        Tile("dot", 32, 128, 2, 4, norms=True),
         Tile("dot", 32, 128, 2, 4),
         Tile("tma", 128, 128, 4, 3, block_m=16),
         Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2),
@@ -400,10 +411,9 @@ def test_captured_in_a_cuda_graph(tile, gated):
     """Captured on some rows, replayed on others at the same address: what eager gives, to the bit."""
     torch.manual_seed(0)
     x, weight, bias = make_product(3, 512, 1024, torch.bfloat16, "cuda")
-    norm = make_norm(1024, torch.bfloat16, "cuda")
 
     def run():
-        return launch_skinny_linear(x, weight, bias, tile, gated=gated, norm=norm if tile.norms else None, eps=EPS)
+        return launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -422,6 +432,7 @@ def test_captured_in_a_cuda_graph(tile, gated):
         (1, [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]),
         (4, [Tile("gemv", 2, 1024, 4, norms=True), Tile("gemv", 2, 1024, 4)]),
         (16, [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]),
+        (16, [Tile("dot", 16, 256, 2, 4, norms=True), Tile("dot", 32, 128, 4, 3)]),
         (64, [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]),
         (16, [Tile("tma", 64, 128, 4, 4, block_m=16), Tile("tma", 64, 128, 4, 3, block_m=16, split_k=4)]),
         (200, [Tile("tma", 64, 128, 4, 3, block_m=128), Tile("tma", 128, 64, 8, 3, block_m=256)]),
@@ -433,15 +444,14 @@ def test_a_chain_of_dependent_launches(m, tiles):
     torch.manual_seed(0)
     n = 1024
     weights = (torch.randn(24, 2, n, n, device="cuda") / n**0.5).bfloat16()
-    norm = make_norm(n, torch.bfloat16, "cuda")
     start = torch.randn(m, n, device="cuda").bfloat16()
     hidden = torch.empty_like(start)
 
     def layer(weight, synchronise):
         if tiles[0].norms:
-            product = launch_skinny_linear(hidden, weight[0], None, tiles[0], norm=norm, eps=EPS)
+            product = launch_skinny_linear(hidden, weight[0], None, tiles[0], eps=EPS)
         else:
-            normed = rmsnorm(hidden, norm, EPS)
+            normed = rmsnorm(hidden, None, EPS)
             synchronise()
             product = launch_skinny_linear(normed, weight[0], None, tiles[0])
         synchronise()
