@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mini_infer.buckets import DENSE_DECODE, BucketTable
 from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.params import Params
+from mini_infer.kernels.common import INTERPRET
 from mini_infer.machine_plan import MachinePlan, worthwhile
 from mini_infer.memory.plan import MemoryPlan
 from mini_infer.runner import ModelRunner
@@ -91,6 +92,8 @@ class RunnerBuilder:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         trial = self.build(num_gpu_blocks=1, num_cpu_blocks=0)
+        if not INTERPRET:
+            self._compile(trial)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         trial.measure_prefill(shape.prefill_sizes[-1:], max_chunks=shape.config.max_prefill_seqs, limit_s=0)
@@ -101,6 +104,19 @@ class RunnerBuilder:
         torch.cuda.empty_cache()
         left, _ = torch.cuda.mem_get_info(device)
         return StepMemory(workspace, graphs, loaded=max(0, free - left))
+
+    def _compile(self, trial: ModelRunner) -> None:
+        """Compile the kernels of all steps, with a progress bar. It takes no memory that it does not give back."""
+        shape, config = self._shape, self._shape.config
+        with tqdm(desc="kernels", unit="kernel", disable=None if config.progress else True) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            trial.compile(shape.decode_sizes, shape.prefill_sizes, max_chunks=config.max_prefill_seqs, progress=show)
+        torch._C._cuda_clearCublasWorkspaces()  # they are part of what the first step is found to take
+        torch.cuda.empty_cache()
 
     def _estimate_graphs(self, trial: ModelRunner) -> int:
         shape = self._shape

@@ -14,12 +14,14 @@ from torch import Tensor
 from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
+from mini_infer.graphs.prefill_inputs import PrefillBuffer
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
 from mini_infer.graphs.steps import EagerSteps, Model, Steps
 from mini_infer.graphs.swap_pool import make_swap_pool
+from mini_infer.kernels.compile_ahead import compile_ahead
 from mini_infer.measuring import long_rows, whole_prompts
-from mini_infer.step import ClearRow, SampledTokens, SchedulerOutputs, StepKind
+from mini_infer.step import ClearRow, PrefillChunk, SampledTokens, SchedulerOutputs, StepKind
 from mini_infer.step_timer import StepSpan
 
 MEASURED_PROMPT_TOKENS = 1024
@@ -106,6 +108,46 @@ class ModelRunner:
         self.off_graph_steps = 0
 
     @torch.inference_mode()
+    def compile(
+        self,
+        decode_sizes: Sequence[int],
+        prefill_sizes: Sequence[int],
+        *,
+        max_chunks: int,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> None:
+        """Compile the kernels of these steps, many at a time. Without it each is compiled when it is first launched.
+
+        It covers the steps as they are captured, and the largest prefill step as `measure_prefill` runs it op by op.
+
+        Args:
+            decode_sizes: Decode buckets.
+            prefill_sizes: Prefill buckets.
+            max_chunks: Most chunks of one prefill step.
+            progress: As `compile_ahead` calls it.
+        """
+        # What is not our kernels' work is done: copies of the inputs, products, lookups. What our kernels would have
+        # written is then whatever was in that memory. Nothing takes it for an index or a length: lookups go by the
+        # inputs, which are padding. And nothing of it stays, but for token ids in the spare row, which nobody reads.
+        model = self._model.few_layers()
+        with compile_ahead(progress):
+            for bucket in prefill_sizes:
+                buffer = PrefillBuffer(
+                    bucket,
+                    min(max_chunks, bucket),
+                    block_size=self._block_size,
+                    max_blocks=self._max_blocks,
+                    state=self._state,
+                    device=self.device,
+                )
+                buffer.fill(())
+                model.run_prefill(buffer.inputs)
+            steps = EagerSteps(model, block_size=self._block_size, max_blocks=self._max_blocks, device=self.device)
+            steps.prefill(self._prompts(max(prefill_sizes), max_chunks), max(prefill_sizes))
+            for bucket in decode_sizes:
+                steps.decode(bucket)
+
+    @torch.inference_mode()
     def capture(
         self,
         decode_sizes: Sequence[int],
@@ -184,14 +226,7 @@ class ModelRunner:
         """
 
         def step(bucket: int) -> Callable[[], object]:
-            chunks = whole_prompts(
-                bucket,
-                longest=min(self._max_model_len - 1, MEASURED_PROMPT_TOKENS),
-                num_blocks=self._kv.num_blocks,
-                block_size=self._block_size,
-                max_chunks=min(max_chunks, bucket),
-            )
-            return partial(self._steps.prefill, chunks, bucket)
+            return partial(self._steps.prefill, self._prompts(bucket, max_chunks), bucket)
 
         return self._measure(buckets, step, limit_s)
 
@@ -241,6 +276,16 @@ class ModelRunner:
             self._swap_pool.swap_in(pairs)
 
         return self._time(there_and_back) / (2 * num_blocks)
+
+    def _prompts(self, bucket: int, max_chunks: int) -> tuple[PrefillChunk, ...]:
+        """What a prefill step is measured on."""
+        return whole_prompts(
+            bucket,
+            longest=min(self._max_model_len - 1, MEASURED_PROMPT_TOKENS),
+            num_blocks=self._kv.num_blocks,
+            block_size=self._block_size,
+            max_chunks=min(max_chunks, bucket),
+        )
 
     def _measure(
         self, buckets: Iterable[int], step: Callable[[int], Callable[[], object]], limit_s: float

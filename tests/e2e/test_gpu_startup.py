@@ -18,13 +18,16 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
-import json, sys
+import json, sys, threading
 import triton
 
 counts = {"compiled": 0, "from the cache": 0, "loaded": 0}
+one_by_one = []
 
-def compiled(*, cache_hit, **_):
+def compiled(*, src, cache_hit, **_):
     counts["from the cache" if cache_hit else "compiled"] += 1
+    if not cache_hit and threading.current_thread() is threading.main_thread():
+        one_by_one.append(src.name)
 
 def loaded(*_):
     counts["loaded"] += 1
@@ -51,6 +54,7 @@ with LLMEngine(EngineConfig(**options)) as engine:
     print(json.dumps({
         "at start": at_start,
         "at the end": counts,
+        "one by one": one_by_one,
         "used": [used_at_start, used()],
         "total": torch.cuda.mem_get_info()[1],
         "plan loaded": stats.plan_loaded,
@@ -110,6 +114,11 @@ def test_the_second_start_compiles_nothing(starts: list[dict[str, Any]]) -> None
     assert first["at start"]["compiled"] > 0
     assert second["at start"]["compiled"] == 0
     assert second["at start"]["from the cache"] > 0
+
+
+def test_the_first_start_compiles_the_steps_kernels_ahead(starts: list[dict[str, Any]]) -> None:
+    """None of a step's kernels waits to be launched: only edits of rows and swaps are left."""
+    assert set(starts[0]["one by one"]) <= {"_edit_rows_kernel", "_copy_blocks_kernel"}
 
 
 def test_nothing_is_compiled_or_loaded_while_serving(starts: list[dict[str, Any]]) -> None:
