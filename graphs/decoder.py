@@ -118,10 +118,11 @@ def _layers(
     attend: Attention,
 ) -> None:
     """All layers. Each half adds its result to the residual stream ``hidden`` [num_tokens, hidden_size] in place."""
+    squares = None  # of the rows of `hidden`, where the product that made them has left their sums
     for index, layer in enumerate(params.layers):
         key_cache, value_cache = kv.layers[index]
         query = prepare_qkv(
-            norm_linear(hidden, spec.rms_norm_eps, layer.qkv),
+            norm_linear(hidden, squares, spec.rms_norm_eps, layer.qkv),
             layer.q_norm,
             layer.k_norm,
             params.cos,
@@ -134,10 +135,10 @@ def _layers(
             spec.rms_norm_eps,
         )
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
-        add_linear(hidden, attended.flatten(1), layer.o)
-        for rows in hidden.split(_MLP_ROWS):
-            gated = norm_linear(rows, spec.rms_norm_eps, layer.gate_up, gated=True)
-            add_linear(rows, gated, layer.down)
+        squares = add_linear(hidden, attended.flatten(1), layer.o)
+        for rows in hidden.split(_MLP_ROWS):  # more than one only where there are no squares
+            gated = norm_linear(rows, squares, spec.rms_norm_eps, layer.gate_up, gated=True)
+            squares = add_linear(rows, gated, layer.down)
             del gated  # before the next rows need as much
 
 

@@ -1,5 +1,6 @@
 """What the kernels of matrix products with a few rows share: which rows of the weight a program owns, the gate, and the
 norm of x. Each row of x is divided by its root mean square after the product, so that the product need not wait for it.
+The squares are those of the x that passes through the program, or were left by the one that made x.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -37,6 +38,13 @@ def partial_squares(x, ROWS: tl.constexpr, COLS: tl.constexpr):
     """
     x = x.to(tl.float32)
     return tl.sum(tl.reshape(x * x, [ROWS, COLS // 8, 8]), axis=2)
+
+
+@triton.jit
+def row_squares(values, mask):
+    """Sum of the squares of each row of values, where the mask says: a part of what the next product norms with."""
+    values = tl.where(mask, values.to(tl.float32), 0.0)
+    return tl.sum(values * values, axis=1)
 
 
 @triton.jit

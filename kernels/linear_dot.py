@@ -22,6 +22,7 @@ from mini_infer.kernels.linear_common import (
     inverse_rms,
     partial_squares,
     prefetched_columns,
+    row_squares,
     silu_mul,
     weight_rows,
 )
@@ -35,6 +36,7 @@ def _dot_kernel(
     weight_ptr,  # [n, k]
     bias_ptr,  # [n]
     out_ptr,  # [m, n] or [m, n / 2]; with SPLIT_K > 1 the sums [SPLIT_K, m, n] float32; contiguous
+    squares_ptr,  # with ADD [programs along n, m] float32: squares of what out holds then, summed over a program's
     m,
     n,
     k,
@@ -118,7 +120,10 @@ def _dot_kernel(
     mask = (x_rows < m)[:, None] & (out_cols < width)[None, :]
     if ADD:
         acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(target, out, mask=mask)
+    if ADD:
+        tl.store(squares_ptr + tl.program_id(0) * m + x_rows, row_squares(out, mask), mask=x_rows < m)
 
 
 def launch_dot(
@@ -129,7 +134,7 @@ def launch_dot(
     gated: bool,
     eps: float,
     out: Tensor,
-    add: bool,
+    squares: Tensor | None,
 ) -> None:
     m, (n, k), split_k = rows.shape[0], weight.shape, tile.split_k
     whole = split_k == 1
@@ -140,6 +145,7 @@ def launch_dot(
         weight,
         some_bias,
         target,
+        target if squares is None else squares,
         m,
         n,
         k,
@@ -153,7 +159,7 @@ def launch_dot(
         GATED=gated and whole,
         HAS_BIAS=bias is not None and whole,
         NORMS=tile.norms,
-        ADD=add and whole,
+        ADD=squares is not None and whole,
         ONE_TILE=tile.block_k * split_k >= k,
         EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,
@@ -163,4 +169,4 @@ def launch_dot(
         **dependent_launch.options(),
     )
     if not whole:
-        reduce_splits(target, bias, out, gated=gated, add=add)
+        reduce_splits(target, bias, out, gated=gated, squares=squares)

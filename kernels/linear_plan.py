@@ -15,11 +15,13 @@ from typing import Literal
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS."""
 
+REDUCED_COLUMNS = 256
+"""Columns of the result that one program adds up where several shared the columns of the weight."""
+
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
 MAX_NORMED_ROWS = 32
-"""From 64 rows on the tensor cores take x from shared memory while the program goes on. Triton (3.6) then keeps too few
-buffers for an x that is read into registers as well: the next one may be written over it."""
+"""Of a dot tile: with 64 the tensor cores take x as they do in a tma tile, and it must not be read into registers."""
 PLANS = Path(__file__).parent / "plans"
 
 Kind = Literal["gemv", "dot", "halves", "tma"]
@@ -47,8 +49,9 @@ class Tile:
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline over the columns.
         split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
-        norms: Whether each program norms the rows of x for itself, where they are to be normed; "gemv", and "dot" for
-            up to 32 rows. Else a kernel of its own does it before. Not with ``split_k``: a program must see whole rows.
+        norms: Whether each program norms the rows of x for itself, where they are to be normed; else a kernel of its
+            own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; "tma" needs the sums of squares
+            that the product before left (`square_parts`). Not with ``split_k``.
         block_m: Rows of x of a program; "tma" only.
     """
 
@@ -74,8 +77,8 @@ class Tile:
                 raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
         if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
-        if self.norms and (self.kind == "tma" or self.split_k > 1):
-            raise ValueError(f"only gemv and dot tiles norm, whose programs do not share the columns, got {self}")
+        if self.norms and self.split_k > 1:
+            raise ValueError(f"programs that share the columns cannot norm, got {self}")
 
     def to_ints(self) -> list[int]:
         """The tile as the ops take it."""
@@ -97,6 +100,13 @@ class Tile:
         if self.norms:
             text += " norms"
         return text if self.split_k == 1 else f"{text} k/{self.split_k}"
+
+
+def square_parts(tile: Tile, n: int) -> int:
+    """In how many parts a tile leaves the sums of squares of the n columns that it added to; 0: it leaves none."""
+    if tile.kind not in ("dot", "tma"):
+        return 0
+    return -(-n // (REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n))
 
 
 Tiles = tuple[Tile | None, ...]

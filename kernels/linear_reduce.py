@@ -9,8 +9,7 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv
 from mini_infer.kernels.dependent_launch import release, wait
-
-_BLOCK = 256  # outputs of a program
+from mini_infer.kernels.linear_plan import REDUCED_COLUMNS
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -18,6 +17,7 @@ def _reduce_kernel(
     sums_ptr,  # [SPLIT_K, m, n] float32 contiguous
     bias_ptr,  # [n]
     out_ptr,  # [m, n] or [m, n / 2] contiguous
+    squares_ptr,  # with ADD [programs along n, m] float32: squares of what out holds then, summed over a program's
     m,
     n,
     SPLIT_K: tl.constexpr,
@@ -52,31 +52,36 @@ def _reduce_kernel(
     target = out_ptr + row * width + cols
     if ADD:
         total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = total.to(out_ptr.dtype.element_ty)
+    tl.store(target, total, mask=mask)
+    if ADD:
+        kept = tl.where(mask, total.to(tl.float32), 0.0)
+        tl.store(squares_ptr + tl.program_id(0).to(tl.int64) * m + row, tl.sum(kept * kept, axis=0))
 
 
-def reduce_splits(sums: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool, add: bool) -> None:
-    """out = sums.sum(0) + bias, gated or not; with ``add`` it is added to what out holds.
+def reduce_splits(sums: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool, squares: Tensor | None) -> None:
+    """out = sums.sum(0) + bias, gated or not; with ``squares`` it is added to what out holds.
 
     Args:
         sums: [split_k, m, n] float32, contiguous.
         bias: [n] or None.
         out: [m, n] contiguous, or [m, n / 2] with the gate; changed.
         gated: Whether to take silu(gate) * up of the two halves of n.
-        add: Whether to add.
+        squares: [n / REDUCED_COLUMNS, m] float32, rounded up, or None; gets the sums of squares of what out holds then.
     """
     split_k, m, n = sums.shape
-    _reduce_kernel[(cdiv(n // 2 if gated else n, _BLOCK), m)](
+    _reduce_kernel[(cdiv(n // 2 if gated else n, REDUCED_COLUMNS), m)](
         sums,
         sums if bias is None else bias,  # not read without one
         out,
+        sums if squares is None else squares,
         m,
         n,
         SPLIT_K=split_k,
-        BLOCK=_BLOCK,
+        BLOCK=REDUCED_COLUMNS,
         GATED=gated,
         HAS_BIAS=bias is not None,
-        ADD=add,
+        ADD=squares is not None,
         num_warps=2,
         **dependent_launch.options(),
     )

@@ -24,7 +24,14 @@ from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.common import register_op
 from mini_infer.kernels.linear_dot import launch_dot
 from mini_infer.kernels.linear_gemv import launch_gemv
-from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, MAX_NORMED_ROWS, Tile
+from mini_infer.kernels.linear_plan import (
+    MAX_DOT_ROWS,
+    MAX_GEMV_ROWS,
+    MAX_NORMED_ROWS,
+    REDUCED_COLUMNS,
+    Tile,
+    square_parts,
+)
 from mini_infer.kernels.linear_tma import launch_tma
 from mini_infer.kernels.norm import rmsnorm_reference
 
@@ -38,10 +45,15 @@ def skinny_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gate
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def add_linear_reference(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The formula in plain torch, rounded once."""
+def add_linear_reference(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, columns: int
+) -> Tensor:
+    """The formula in plain torch, rounded once; and the sums of squares, of so many columns in each part."""
     added = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     residual.copy_(added.add_(residual))
+    rows = residual.reshape(-1, residual.shape[-1]).float()
+    padded = F.pad(rows.square(), (0, max(0, parts * columns - rows.shape[1])))[:, : parts * columns]
+    return padded.view(rows.shape[0], parts, columns).sum(-1).t().contiguous()
 
 
 def launch_skinny_linear(
@@ -52,36 +64,66 @@ def launch_skinny_linear(
     *,
     gated: bool = False,
     eps: float = 0.0,
-    residual: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma).
 
-    A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. With `residual`
-    [..., n] the product is added to it in place.
+    A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. For this a tma
+    tile needs the `squares` of the rows, [parts, rows] float32: parts of their sums, as `launch_add_linear` leaves
+    them.
 
     Raises:
         ValueError: the tile does not do such a product.
     """
-    n, k = weight.shape
-    width = n // 2 if gated else n
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device) if residual is None else residual
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
-    m = rows.shape[0]
-    _check_tile(tile, m, weight, gated, eps, residual)
+    rows = _as_rows(x)
+    _check_tile(tile, rows.shape[0], weight, gated)
+    if tile.norms:
+        _check_norm(tile, rows, eps, squares)
     if tile.kind == "halves":
         return _by_halves(rows, weight, bias).view(out.shape)
     if tile.kind == "gemv":
-        launch_gemv(rows, weight, bias, tile, gated, eps, out, residual is not None)
+        launch_gemv(rows, weight, bias, tile, gated, eps, out, add=False)
     elif tile.kind == "dot":
-        launch_dot(rows, weight, bias, tile, gated, eps, out, residual is not None)
+        launch_dot(rows, weight, bias, tile, gated, eps, out, None)
     else:
-        launch_tma(rows, weight, bias, tile, gated, out, residual is not None)
+        launch_tma(rows, weight, bias, tile, gated, eps, squares if tile.norms else None, out, None)
     return out
 
 
-def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, eps: float, residual: Tensor | None) -> None:
+def launch_add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+    """Add the product to the residual [..., n] in place. x and the tile as for `launch_skinny_linear`.
+
+    Returns:
+        [`square_parts`, rows] float32, parts of the sums of squares of the residual's rows.
+
+    Raises:
+        ValueError: the tile does not do such a product.
+    """
+    rows, n = _as_rows(x), weight.shape[0]
+    squares = torch.empty((square_parts(tile, n), rows.shape[0]), dtype=torch.float32, device=x.device)
+    if residual.numel() == 0:
+        return squares
+    _check_tile(tile, rows.shape[0], weight, gated=False)
+    if tile.norms or not residual.is_contiguous():
+        raise ValueError(f"a residual must be contiguous, and takes no tile that norms, got {tile}")
+    if tile.kind == "gemv":
+        launch_gemv(rows, weight, bias, tile, False, 0.0, residual, add=True)
+    elif tile.kind == "dot":
+        launch_dot(rows, weight, bias, tile, False, 0.0, residual, squares)
+    else:
+        launch_tma(rows, weight, bias, tile, False, 0.0, None, residual, squares)
+    return squares
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool) -> None:
     n = weight.shape[0]
     most = {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS}.get(tile.kind, m)
     if tile.kind == "halves" and not gated:
@@ -89,12 +131,19 @@ def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool, eps: float, res
     narrow = gated and tile.kind != "halves" and tile.block_n < 2
     if m > most or narrow or (gated and n % 2) or weight.stride(1) != 1:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
-    if tile.norms and tile.kind == "dot" and m > MAX_NORMED_ROWS:
+
+
+def _check_norm(tile: Tile, rows: Tensor, eps: float, squares: Tensor | None) -> None:
+    m = rows.shape[0]
+    if eps <= 0.0:
+        raise ValueError(f"{tile} norms: eps must be greater than 0, got {eps}")
+    if tile.kind == "dot" and m > MAX_NORMED_ROWS:
         raise ValueError(f"{tile} does not norm {m} rows, {MAX_NORMED_ROWS} at most")
-    if tile.norms and (residual is not None or eps <= 0.0):
-        raise ValueError(f"{tile}: a tile that norms takes no residual, and an eps greater than 0, got {eps}")
-    if residual is not None and (gated or not residual.is_contiguous()):
-        raise ValueError("a residual must be contiguous, and takes no gate")
+    if tile.kind == "tma":
+        if squares is None:
+            raise ValueError(f"{tile} norms with the squares of x, and there are none")
+        if squares.dtype != torch.float32 or squares.shape[1:] != (m,) or not squares.is_contiguous():
+            raise ValueError(f"squares must be float32 [parts, {m}], got {squares.dtype} {tuple(squares.shape)}")
 
 
 def _by_halves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,42 +170,63 @@ def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gated: b
 
 
 def _norm_linear_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor,
+    squares: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gated: bool,
+    tile: Sequence[int],
 ) -> Tensor:
-    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated, eps=eps)
+    return launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), gated=gated, eps=eps, squares=squares)
 
 
 def _norm_linear_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor,
+    squares: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gated: bool,
+    tile: Sequence[int],
 ) -> Tensor:
     return skinny_linear_reference(rmsnorm_reference(x, None, eps), weight, bias, gated)
 
 
 def _norm_linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gated: bool, tile: Sequence[int]
+    x: Tensor,
+    squares: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gated: bool,
+    tile: Sequence[int],
 ) -> Tensor:
     return _skinny_linear_fake(x, weight, bias, gated, tile)
 
 
-def _add_linear_cuda(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
-    launch_skinny_linear(x, weight, bias, Tile.from_ints(tile), residual=residual)
+def _add_linear_cuda(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    return launch_add_linear(residual, x, weight, bias, Tile.from_ints(tile))
 
 
-def _add_linear_cpu(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
-    add_linear_reference(residual, x, weight, bias)
+def _add_linear_cpu(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    chosen = Tile.from_ints(tile)
+    columns = REDUCED_COLUMNS if chosen.split_k > 1 else chosen.block_n
+    return add_linear_reference(residual, x, weight, bias, square_parts(chosen, weight.shape[0]), columns)
 
 
-def _add_linear_fake(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> None:
-    return None
+def _add_linear_fake(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int]) -> Tensor:
+    parts = square_parts(Tile.from_ints(tile), weight.shape[0])
+    return x.new_empty((parts, x.shape[:-1].numel()), dtype=torch.float32)
 
 
 skinny_linear_op = register_op("skinny_linear", _skinny_linear_fake, cpu=_skinny_linear_cpu, cuda=_skinny_linear_cuda)
 """(x, weight, bias, gated, `Tile.to_ints` of one that does not norm) -> y."""
 
 norm_linear_op = register_op("norm_linear", _norm_linear_fake, cpu=_norm_linear_cpu, cuda=_norm_linear_cuda)
-"""(x, weight, bias, eps, gated, `Tile.to_ints` of one that norms) -> y."""
+"""(x, squares, weight, bias, eps, gated, `Tile.to_ints` of one that norms) -> y."""
 
 add_linear_op = register_op(
     "add_linear", _add_linear_fake, cpu=_add_linear_cpu, cuda=_add_linear_cuda, mutates=("residual",)
 )
-"""(residual, x, weight, bias, `Tile.to_ints`). `mini_infer.kernels.linear` chooses the tiles."""
+"""(residual, x, weight, bias, `Tile.to_ints`) -> squares. `mini_infer.kernels.linear` chooses the tiles."""

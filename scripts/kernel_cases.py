@@ -216,7 +216,7 @@ def product(
     role: Role, x: Tensor, residual: Tensor, planned: Sequence[LinearWeight], weights: Sequence[Tensor]
 ) -> tuple[Callable[[int], object], Callable[[int], object]]:
     """(ours, plain) for one role. The norm's weight is in ours already."""
-    norm = torch.ones_like(x[0])
+    norm, squares = torch.ones_like(x[0]), x.float().square().view(len(x), -1, 64).sum(-1).t().contiguous()
     if role == "add":
 
         def add(i: int) -> None:
@@ -225,7 +225,7 @@ def product(
         return add, lambda i: residual + F.linear(x, weights[i % len(weights)])
 
     def normed(i: int) -> Tensor:
-        return norm_linear(x, EPS, planned[i % len(planned)], gated=role == "norm_gate")
+        return norm_linear(x, squares, EPS, planned[i % len(planned)], gated=role == "norm_gate")
 
     def plain(i: int) -> Tensor:
         out = F.linear(plain_rmsnorm(x, norm), weights[i % len(weights)])

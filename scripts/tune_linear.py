@@ -5,9 +5,9 @@
 
 Every candidate runs as in a decode step: with the norm, the gate or the residual of its role, captured in a CUDA graph,
 its weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
-cuBLAS and the kernels beside it before it is timed. The kernels are compiled
-first, in one process per core, into Triton's cache. The plan is written as it grows, and an earlier one keeps the
-entries that are not measured again.
+cuBLAS and the kernels beside it before it is timed. The kernels are compiled first, in one process per core, into
+Triton's cache. Two products of which one may leave the squares that the other norms with are chosen together. The plan
+is written after each model, and an earlier one keeps the entries that are not measured again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,10 @@ from mini_infer.kernels.linear_plan import (
     LinearPlan,
     Role,
     Tile,
+    square_parts,
 )
 from mini_infer.kernels.norm import rmsnorm
-from mini_infer.kernels.skinny_linear import launch_skinny_linear
+from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
 
 SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
     "8b": {
@@ -65,6 +67,8 @@ REPLAYS = 9
 EPS = 1e-6
 TOLERANCE = 1e-2
 WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
+PAIRS = {"gate_up": "o", "qkv": "down"}  # whose rows a product norms
+NORM_US = 2.0  # about what a kernel that norms adds, where a tile lacks the squares to do without
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,11 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
     dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
     tma = tma_tiles(problem) if problem.m > 2 else []
     tiles = gemv[:2] + dot[:2] + tma[:2] if quick else gemv + dot + tma
-    if problem.normed and problem.m <= MAX_NORMED_ROWS:
-        tiles += [replace(tile, norms=True) for tile in tiles if tile.kind != "tma" and tile.split_k == 1]
+    if problem.normed:
+        can_norm = [
+            tile for tile in tiles if tile.split_k == 1 and (tile.kind != "dot" or problem.m <= MAX_NORMED_ROWS)
+        ]
+        tiles += [replace(tile, norms=True) for tile in can_norm]
     return [*tiles, Tile("halves")] if problem.gated and problem.m > MAX_DOT_ROWS else tiles
 
 
@@ -249,19 +256,20 @@ def compile_one(job: tuple[Problem, Tile]) -> str:
     x = torch.empty(problem.m, problem.k, dtype=torch.bfloat16)
     weight = torch.empty(problem.n, problem.k, dtype=torch.bfloat16)  # never touched, so never backed by memory
     try:
-        run_tile(problem, x, torch.empty(problem.m, problem.n, dtype=x.dtype), weight, tile)
+        run_tile(problem, x, squares_of(x), torch.empty(problem.m, problem.n, dtype=x.dtype), weight, tile)
     except Exception as error:  # the compiler raises many kinds
         return f"{problem.name} m={problem.m} {tile}: {first_line(error)}"
     return ""
 
 
-def run_tile(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+def run_tile(problem: Problem, x: Tensor, squares: Tensor, residual: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """The product as one of our kernels does it."""
     if problem.role == "add":
-        return launch_skinny_linear(x, weight, None, tile, residual=residual)
+        launch_add_linear(residual, x, weight, None, tile)
+        return residual
     if problem.normed and not tile.norms and x.is_cuda:  # where there is no GPU, to compile, the norm is no candidate's
         x = rmsnorm(x, None, EPS)
-    return launch_skinny_linear(x, weight, None, tile, gated=problem.gated, eps=EPS)
+    return launch_skinny_linear(x, weight, None, tile, gated=problem.gated, eps=EPS, squares=squares)
 
 
 def run_library(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
@@ -270,6 +278,11 @@ def run_library(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor) -
         return residual.addmm_(x, weight.t())
     product = F.linear(rmsnorm(x, None, EPS) if problem.normed else x, weight)
     return silu_and_mul(product) if problem.gated else product
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """Sums of the squares of the rows of x, in parts of 64 columns."""
+    return x.float().square().view(len(x), -1, 64).sum(-1).t().contiguous()
 
 
 def first_line(error: Exception) -> str:
@@ -308,23 +321,24 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
 
-def tune(
-    problem: Problem, weights: Tensor, tiles: Iterable[Tile], stream: torch.cuda.Stream, show_all: bool
-) -> tuple[Tile | None, str]:
-    """Time cuBLAS and the candidates. Returns the choice and a line of the table."""
+Timing: TypeAlias = tuple[float, Tile | None]
+"""Microseconds, and the tile that took them; None for cuBLAS."""
+
+
+def tune(problem: Problem, weights: Tensor, tiles: Iterable[Tile], stream: torch.cuda.Stream) -> list[Timing]:
+    """Time cuBLAS and the candidates."""
     m = problem.m
     copies, weight_bytes = weights.shape[0], weights[0].numel() * weights.element_size()
     x = torch.randn(m, problem.k, device="cuda", dtype=weights.dtype)
+    squares = squares_of(x)
     residual = torch.zeros(m, problem.n, device="cuda", dtype=weights.dtype)
     expected = run_library(problem, x, residual, weights[0]).clone()
     library_us = measure(lambda i: run_library(problem, x, residual, weights[i]), copies, weight_bytes, stream)
-    best: Tile | None = None
-    best_us, label = library_us * WORTHWHILE, "cuBLAS"
-    timings: list[tuple[float, Tile]] = []
+    timings: list[Timing] = [(library_us, None)]
     for tile in tiles:
 
         def run(i: int, tile: Tile = tile) -> Tensor:
-            return run_tile(problem, x, residual, weights[i], tile)
+            return run_tile(problem, x, squares, residual, weights[i], tile)
 
         try:
             residual.zero_()
@@ -335,19 +349,43 @@ def tune(
             timings.append((measure(run, copies, weight_bytes, stream), tile))
         except Exception as failure:  # a tile that does not fit the GPU, in one of many ways
             print(f"  failed: {problem.name} m={m} {tile}: {first_line(failure)}")
-    for us, tile in timings:
-        if us < best_us:
-            best, best_us, label = tile, us, str(tile)
-    if show_all:
-        for us, tile in sorted(timings, key=lambda timing: timing[0]):
-            print(f"    {problem.name:<14}{m:>3}  {tile!s:<28}{us:>9.2f} us")
-    if label == "cuBLAS":
-        best_us = library_us
-    line = (
-        f"{problem.name:<14}{problem.n:>7}{problem.k:>6}{m:>4}  {label:<32}{best_us:>8.2f}"
-        f"{weight_bytes / best_us / 1e6:>7.2f}{library_us:>9.2f}{best_us / library_us:>7.2f}"
+    return timings
+
+
+def describe(problem: Problem, timings: list[Timing]) -> str:
+    """A line of the table: the best by itself."""
+    (library_us, _), *_ = timings
+    best_us, tile = min(timings, key=lambda timing: timing[0])
+    return (
+        f"{problem.name:<14}{problem.n:>7}{problem.k:>6}{problem.m:>4}  {tile or 'cuBLAS'!s:<32}{best_us:>8.2f}"
+        f"{2e-6 * problem.n * problem.k / best_us:>7.2f}{library_us:>9.2f}{best_us / library_us:>7.2f}"
     )
-    return best, line
+
+
+def cost(timing: Timing) -> float:
+    """Microseconds as they are compared: a tile must be worth it."""
+    us, tile = timing
+    return us if tile is None else us / WORTHWHILE
+
+
+def choose(timings: dict[Problem, list[Timing]]) -> dict[Problem, Tile | None]:
+    """The tiles to use, a product that norms together with the one whose sums it norms."""
+    by_name = {(problem.name, problem.m): problem for problem in timings}
+    chosen = {problem: min(each, key=cost)[1] for problem, each in timings.items()}
+    for (name, m), normed in by_name.items():
+        model, _, shape = name.partition(" ")
+        added = by_name.get((f"{model} {PAIRS.get(shape)}", m))
+        if added is not None:
+            pairs = itertools.product(timings[added], timings[normed])
+            (_, chosen[added]), (_, chosen[normed]) = min(pairs, key=lambda pair: pair_cost(added.n, *pair))
+    return chosen
+
+
+def pair_cost(n: int, added: Timing, normed: Timing) -> float:
+    """Microseconds of a product of n columns and of the one that norms them."""
+    needs = normed[1] is not None and normed[1].norms and normed[1].kind == "tma"
+    lacks = added[1] is None or not square_parts(added[1], n)
+    return cost(added) + cost(normed) + (NORM_US if needs and lacks else 0.0)
 
 
 def main() -> None:
@@ -374,16 +412,23 @@ def main() -> None:
     shape = (0, 0)
     stream = torch.cuda.Stream()
     torch.manual_seed(0)
-    for problem in problems:
-        if shape != (problem.n, problem.k):
-            shape = problem.n, problem.k
-            del weights
-            copies = max(1, -(-COLD_BYTES // (2 * problem.n * problem.k)))
-            weights = torch.empty(copies, *shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
-        tiles = candidates(problem, arguments.quick)
-        best, line = tune(problem, weights, tiles, stream, arguments.all)
-        measured.setdefault((*shape, problem.role), {})[problem.m] = best
-        print(line, flush=True)
+    for model, group in itertools.groupby(problems, key=lambda problem: problem.name.split()[0]):
+        timings: dict[Problem, list[Timing]] = {}
+        for problem in group:
+            if shape != (problem.n, problem.k):
+                shape = problem.n, problem.k
+                del weights
+                copies = max(1, -(-COLD_BYTES // (2 * problem.n * problem.k)))
+                weights = torch.empty(copies, *shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
+            timings[problem] = tune(problem, weights, candidates(problem, arguments.quick), stream)
+            if arguments.all:
+                for us, tile in sorted(timings[problem], key=lambda timing: timing[0]):
+                    print(f"    {problem.name:<14}{problem.m:>3}  {tile or 'cuBLAS'!s:<32}{us:>9.2f} us")
+            print(describe(problem, timings[problem]), flush=True)
+        print(f"\nchosen for {model}")
+        for problem, tile in choose(timings).items():
+            measured.setdefault((problem.n, problem.k, problem.role), {})[problem.m] = tile
+            print(f"{problem.name:<14}{problem.m:>4}  {tile or 'cuBLAS'}")
         arguments.out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
     print(f"\n{arguments.out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
 

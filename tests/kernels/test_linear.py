@@ -1,6 +1,7 @@
 """The matrix product: packed CPU weights, skinny GPU kernels, and the plan that chooses among them."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,8 +9,18 @@ import torch
 from mini_infer.kernels import LinearWeight, pack_linear, rmsnorm
 from mini_infer.kernels.common import INTERPRET
 from mini_infer.kernels.linear import add_linear, can_pack, fold_norm, linear, norm_linear, with_tiles
-from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_NORMED_ROWS, PLANS, LinearPlan, Tile, default_tile, pick
-from mini_infer.kernels.skinny_linear import launch_skinny_linear
+from mini_infer.kernels.linear_plan import (
+    M_BUCKETS,
+    MAX_NORMED_ROWS,
+    PLANS,
+    REDUCED_COLUMNS,
+    LinearPlan,
+    Tile,
+    default_tile,
+    pick,
+    square_parts,
+)
+from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
 
 GEMV_TILES = [
     Tile("gemv", 2, 256, num_warps=4),
@@ -70,7 +81,13 @@ def test_bad_arguments():
 
 
 EPS = 1e-5
-NORM_TILES = [dataclasses.replace(tile, norms=True) for tile in GEMV_TILES + DOT_TILES if tile.split_k == 1]
+NORM_TILES = [dataclasses.replace(tile, norms=True) for tile in GEMV_TILES + DOT_TILES + TMA_TILES if tile.split_k == 1]
+
+
+def squares_of(x, parts=5):
+    """Sums of squares of the rows of x in unequal parts, [parts, rows]."""
+    cuts = [x.shape[-1] * part**2 // parts**2 for part in range(parts + 1)]
+    return torch.stack([x[:, a:b].float().square().sum(-1) for a, b in itertools.pairwise(cuts)])
 
 
 def make_product(m, n, k, dtype, device, bias=True):
@@ -127,10 +144,10 @@ def test_tiles(kernel_device, assert_close, tile, gated, dtype):
 @pytest.mark.parametrize("tile", NORM_TILES, ids=str)
 def test_tiles_norm_their_input(kernel_device, assert_close, tile, gated, dtype):
     for m, n, k, bias in odd_cases(tile):
-        x, weight, bias = make_product(min(m, MAX_NORMED_ROWS), n, k, dtype, kernel_device, bias)
-        m = x.shape[0]
+        m = min(m, MAX_NORMED_ROWS) if tile.kind == "dot" else m
+        x, weight, bias = make_product(m, n, k, dtype, kernel_device, bias)
         x *= torch.logspace(-2, 2, m, device=kernel_device).to(dtype)[:, None]
-        out = launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
+        out = launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS, squares=squares_of(x))
         assert_close(f"{m}x{n}x{k}", out, expected_product(x, weight, bias, gated, normed=True))
 
 
@@ -141,8 +158,13 @@ def test_tiles_add_to_a_residual(kernel_device, assert_close, tile, dtype):
         product = make_product(m, n, k, dtype, kernel_device, bias)
         residual = torch.randn(m, n, device=kernel_device).to(dtype)
         expected = residual.double() + expected_product(*product)
-        assert launch_skinny_linear(*product, tile, residual=residual) is residual
+        squares = launch_add_linear(residual, *product, tile)
         assert_close(f"{m}x{n}x{k}", residual, expected)
+        assert squares.shape == (square_parts(tile, n), m)
+        if len(squares):
+            columns = REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n
+            padded = torch.nn.functional.pad(residual.double().square(), (0, columns * len(squares) - n))
+            assert_close("squares", squares, padded.view(m, -1, columns).sum(-1).T, 1e-5)
 
 
 @pytest.mark.parametrize("tile", [GEMV_TILES[1], DOT_TILES[0], DOT_TILES[2], TMA_TILES[0]], ids=str)
@@ -167,11 +189,14 @@ def test_tiles_take_any_rows(kernel_device, assert_close, tile):
 def test_rows_do_not_see_each_other(kernel_device, tile, gated):
     """A row's result has the same bits again, in another place, and beside other rows."""
     x, weight, bias = make_product(4, 70, 104, torch.bfloat16, kernel_device)
-    out = launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
-    assert torch.equal(out, launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS))
-    assert torch.equal(out.flip(0), launch_skinny_linear(x.flip(0), weight, bias, tile, gated=gated, eps=EPS))
-    other = torch.cat([x[:2], torch.randn_like(x[2:])])
-    assert torch.equal(out[:2], launch_skinny_linear(other, weight, bias, tile, gated=gated, eps=EPS)[:2])
+
+    def product(x):
+        return launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS, squares=squares_of(x))
+
+    out = product(x)
+    assert torch.equal(out, product(x))
+    assert torch.equal(out.flip(0), product(x.flip(0)))
+    assert torch.equal(out[:2], product(torch.cat([x[:2], torch.randn_like(x[2:])]))[:2])
 
 
 def test_tiles_refuse_what_they_cannot_do():
@@ -180,18 +205,25 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, GEMV_TILES[0], gated=False)
     with pytest.raises(ValueError, match="gated: True"):
         launch_skinny_linear(x[:1], weight[:31], None, GEMV_TILES[0], gated=True)
-    for arguments in ({}, {"eps": EPS, "residual": torch.zeros(5, 32)}):
-        with pytest.raises(ValueError, match="norms takes no residual, and an eps"):
-            launch_skinny_linear(x, weight, None, Tile("dot", 16, 64, 4, norms=True), **arguments)
+    normed = Tile("dot", 16, 64, 4, norms=True)
+    with pytest.raises(ValueError, match="eps must be greater than 0"):
+        launch_skinny_linear(x, weight, None, normed)
+    with pytest.raises(ValueError, match="no tile that norms"):
+        launch_add_linear(torch.zeros(5, 32), x, weight, None, normed)
     with pytest.raises(ValueError, match="does not norm 33 rows, 32 at most"):
         launch_skinny_linear(x.repeat(7, 1)[:33], weight, None, Tile("dot", 16, 64, 4, norms=True), eps=EPS)
-    for tile in (Tile("dot", 16, 64, 2, split_k=2), Tile("tma", 64, 64, 4, block_m=16)):
-        with pytest.raises(ValueError, match="only gemv and dot tiles norm"):
-            dataclasses.replace(tile, norms=True)
+    with pytest.raises(ValueError, match="share the columns cannot norm"):
+        Tile("dot", 16, 64, 2, split_k=2, norms=True)
+    normed = Tile("tma", 64, 64, 4, block_m=16, norms=True)
+    with pytest.raises(ValueError, match="there are none"):
+        launch_skinny_linear(x, weight, None, normed, eps=EPS)
+    for squares in (torch.zeros(3, 4), torch.zeros(3, 5).double(), torch.zeros(5, 3).T):
+        with pytest.raises(ValueError, match=r"squares must be float32 \[parts, 5\]"):
+            launch_skinny_linear(x, weight, None, normed, eps=EPS, squares=squares)
     with pytest.raises(ValueError, match="no halves"):
         launch_skinny_linear(x, weight, None, Tile("halves"))
     with pytest.raises(ValueError, match="residual must be contiguous"):
-        launch_skinny_linear(x, weight, None, DOT_TILES[0], residual=torch.zeros(5, 64)[:, ::2])
+        launch_add_linear(torch.zeros(5, 64)[:, ::2], x, weight, None, DOT_TILES[0])
     with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
         launch_skinny_linear(x[:, 1:], weight[:, 1:], None, TMA_TILES[0])
     with pytest.raises(ValueError, match="block_m of a tma tile"):
@@ -219,8 +251,9 @@ def test_by_halves(kernel_device, assert_close, bias):
 def test_opcheck(device, gated):
     x, weight, bias = make_product(3, 32, 48, torch.float32, device)
     tile = NORM_TILES[0].to_ints()
-    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x, weight, bias, EPS, gated, tile))
-    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x[None], weight, None, EPS, gated, tile))
+    squares = squares_of(x)
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x, squares, weight, bias, EPS, gated, tile))
+    torch.library.opcheck(torch.ops.mini_infer.norm_linear.default, (x[None], None, weight, None, EPS, gated, tile))
     tile = DOT_TILES[2].to_ints()
     torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x, weight, bias, gated, tile))
     torch.library.opcheck(torch.ops.mini_infer.skinny_linear.default, (x[None], weight, None, gated, tile))
@@ -236,13 +269,13 @@ def test_with_what_lies_beside_the_product(assert_close, packed, bias):
     projection = LinearWeight.from_tensors(weight, bias)
     projection = pack_linear(projection) if packed else projection
     assert_close("plain", linear(x, projection), expected_product(x, weight, bias))
-    assert_close("norm", norm_linear(x, EPS, projection), expected_product(x, weight, bias, False, normed=True))
-    gated = norm_linear(x, EPS, projection, gated=True)
+    assert_close("norm", norm_linear(x, None, EPS, projection), expected_product(x, weight, bias, False, normed=True))
+    gated = norm_linear(x, None, EPS, projection, gated=True)
     assert_close("gate", gated, expected_product(x, weight, bias, True, normed=True))
     for rows in (x, x[None]):
         residual = torch.randn(*rows.shape[:-1], 48)
         expected = residual.double() + expected_product(rows, weight, bias)
-        add_linear(residual, rows, projection)
+        assert add_linear(residual, rows, projection) is None
         assert_close("add", residual, expected)
     with pytest.raises(ValueError, match=r"residual must be \(3, 48\)"):
         add_linear(torch.zeros(2, 48), x, projection)
@@ -261,10 +294,10 @@ def test_attached_tiles_are_used(assert_close):
         return linear(x, tiled["plain"])
 
     def normed(x):
-        return norm_linear(x, EPS, tiled["norm"])
+        return norm_linear(x, None, EPS, tiled["norm"])
 
     def gated(x):
-        return norm_linear(x, EPS, tiled["norm_gate"], gated=True)
+        return norm_linear(x, None, EPS, tiled["norm_gate"], gated=True)
 
     def added(x):
         residual = torch.ones(x.shape[0], 48)
@@ -305,13 +338,44 @@ class Wrapped(torch.nn.Module):
         return self.function(x)
 
 
+def test_squares_go_from_product_to_product(assert_close):
+    """A tma tile norms with the squares that the product before left; without them a kernel norms first."""
+    _, weight, _ = make_product(5, 64, 64, torch.float32, "cpu")
+    plain = Tile("tma", 64, 64, 4, block_m=16)
+    tiled = {
+        norms: dataclasses.replace(
+            LinearWeight.from_tensors(weight), tiles=(dataclasses.replace(plain, norms=norms),) * len(M_BUCKETS)
+        )
+        for norms in (False, True)
+    }
+
+    def chained(x):
+        hidden = torch.zeros_like(x)
+        squares = add_linear(hidden, x, tiled[False])
+        return norm_linear(hidden, squares, EPS, tiled[True])
+
+    def alone(x):
+        return norm_linear(x, None, EPS, tiled[True])
+
+    x = torch.randn(5, 64)
+    assert_close("alone", alone(x), expected_product(x, weight, None, normed=True))
+    assert_close("chained", chained(x), expected_product(expected_product(x, weight, None), weight, None, normed=True))
+    graph = torch.export.export(Wrapped(chained), (x,)).graph
+    calls = [node for node in graph.nodes if "mini_infer" in str(node.target)]
+    assert [str(node.target) for node in calls] == ["mini_infer.add_linear.default", "mini_infer.norm_linear.default"]
+    assert calls[1].args[1] is calls[0] or calls[1].args[1].args[0] is calls[0]
+    graph = torch.export.export(Wrapped(alone), (x,)).graph
+    calls = [str(node.target) for node in graph.nodes if "mini_infer" in str(node.target)]
+    assert calls == ["mini_infer.rmsnorm.default", "mini_infer.skinny_linear.default"]
+
+
 def test_a_folded_norm_is_the_norm(assert_close):
     """The weight of a norm, multiplied into the product's: the same as the norm first."""
     x, weight, bias = make_product(5, 48, 64, torch.float32, "cpu")
     norm = 1 + 0.3 * torch.randn(64)
     expected = rmsnorm(x, norm, EPS).double() @ weight.double().T + bias.double()
     projection = LinearWeight.from_tensors(fold_norm(weight.clone(), norm), bias)
-    assert_close("folded", norm_linear(x, EPS, projection), expected)
+    assert_close("folded", norm_linear(x, None, EPS, projection), expected)
 
 
 def test_cpu_weights_get_no_tiles():
@@ -385,9 +449,9 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
             tiled = {role: with_tiles(plain, plan, role) for role in ("plain", "norm", "norm_gate", "add")}
             assert all(len(weight.tiles) == len(M_BUCKETS) for weight in tiled.values())
             assert_close(f"plain {n}x{k}", linear(x, tiled["plain"]), expected_product(x, weight, None))
-            out = norm_linear(x, EPS, tiled["norm"])
+            out = norm_linear(x, None, EPS, tiled["norm"])
             assert_close(f"norm {n}x{k}", out, expected_product(x, weight, None, False, normed=True))
-            out = norm_linear(x, EPS, tiled["norm_gate"], gated=True)
+            out = norm_linear(x, None, EPS, tiled["norm_gate"], gated=True)
             assert_close(f"gate {n}x{k}", out, expected_product(x, weight, None, True, normed=True))
             out = residual.clone()
             add_linear(out, x, tiled["add"])
@@ -401,6 +465,7 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
     [
         Tile("gemv", 2, 1024, 4, norms=True),
         Tile("dot", 32, 128, 2, 4, norms=True),
+        Tile("tma", 128, 128, 4, 3, block_m=32, norms=True),
         Tile("dot", 32, 128, 2, 4),
         Tile("tma", 128, 128, 4, 3, block_m=16),
         Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2),
@@ -411,15 +476,17 @@ def test_captured_in_a_cuda_graph(tile, gated):
     """Captured on some rows, replayed on others at the same address: what eager gives, to the bit."""
     torch.manual_seed(0)
     x, weight, bias = make_product(3, 512, 1024, torch.bfloat16, "cuda")
+    squares = squares_of(x)
 
     def run():
-        return launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS)
+        return launch_skinny_linear(x, weight, bias, tile, gated=gated, eps=EPS, squares=squares)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
     x.copy_(torch.randn_like(x))
+    squares.copy_(squares_of(x))
     for _ in range(3):
         graph.replay()
     assert torch.equal(captured, run())
@@ -436,6 +503,8 @@ def test_captured_in_a_cuda_graph(tile, gated):
         (64, [Tile("dot", 16, 256, 2, 4), Tile("dot", 32, 128, 4, 3, split_k=4)]),
         (16, [Tile("tma", 64, 128, 4, 4, block_m=16), Tile("tma", 64, 128, 4, 3, block_m=16, split_k=4)]),
         (200, [Tile("tma", 64, 128, 4, 3, block_m=128), Tile("tma", 128, 64, 8, 3, block_m=256)]),
+        (200, [Tile("tma", 64, 128, 4, 3, block_m=128, norms=True), Tile("tma", 128, 64, 8, 3, block_m=256)]),
+        (64, [Tile("tma", 64, 128, 4, 4, block_m=64, norms=True), Tile("dot", 64, 128, 4, 3, split_k=4)]),
     ],
     ids=str,
 )
@@ -447,26 +516,29 @@ def test_a_chain_of_dependent_launches(m, tiles):
     start = torch.randn(m, n, device="cuda").bfloat16()
     hidden = torch.empty_like(start)
 
-    def layer(weight, synchronise):
-        if tiles[0].norms:
-            product = launch_skinny_linear(hidden, weight[0], None, tiles[0], eps=EPS)
+    def layer(weight, squares, synchronise):
+        if tiles[0].norms and (squares is not None or tiles[0].kind != "tma"):
+            product = launch_skinny_linear(hidden, weight[0], None, tiles[0], eps=EPS, squares=squares)
         else:
             normed = rmsnorm(hidden, None, EPS)
             synchronise()
-            product = launch_skinny_linear(normed, weight[0], None, tiles[0])
+            product = launch_skinny_linear(normed, weight[0], None, dataclasses.replace(tiles[0], norms=False))
         synchronise()
-        launch_skinny_linear(product, weight[1], None, tiles[1], residual=hidden)
+        squares = launch_add_linear(hidden, product, weight[1], None, tiles[1])
         synchronise()
+        return squares
 
-    hidden.copy_(start)
-    for weight in weights:
-        layer(weight, torch.cuda.synchronize)
+    def chain(synchronise):
+        hidden.copy_(start)
+        squares = None
+        for weight in weights:
+            squares = layer(weight, squares, synchronise)
+
+    chain(torch.cuda.synchronize)
     expected = hidden.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        hidden.copy_(start)
-        for weight in weights:
-            layer(weight, lambda: None)
+        chain(lambda: None)
     for _ in range(200):
         graph.replay()
         assert torch.equal(hidden, expected)
