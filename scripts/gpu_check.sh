@@ -3,19 +3,36 @@
 # machine with a GPU; about six minutes on an H200. With pytest-xdist installed the tests run side by side, which takes
 # a fraction of the time: most of it is the compilation of kernels.
 #
-#   scripts/gpu_check.sh            tests and benchmarks
-#   scripts/gpu_check.sh --quick    tests only
+#   scripts/gpu_check.sh             tests and benchmarks
+#   scripts/gpu_check.sh --quick     tests only
+#   scripts/gpu_check.sh --kernels   tests, and every kernel against its floor and PyTorch in place of the benchmarks
+#   scripts/gpu_check.sh --sanitize  the tests of attention and matrix products alone, under compute-sanitizer's memcheck
+#                                    and racecheck (it must be on the PATH: pip install nvidia-cuda-sanitizer-api)
 #
 # Other arguments go to pytest.
 set -uo pipefail
 
-quick=
-if [ "${1:-}" = --quick ]; then
-    quick=1
+mode=all
+case "${1:-}" in
+--quick | --kernels | --sanitize)
+    mode=${1#--}
     shift
-fi
+    ;;
+esac
 
 python3 -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)'
+if [ "$mode" = sanitize ]; then
+    status=0
+    for tool in memcheck racecheck; do
+        # Every tensor an allocation of its own, so that what reaches past one is seen.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            python3 -m pytest -m gpu -q -x tests/kernels/test_attention_decode.py tests/kernels/test_attention_prefill.py \
+            tests/kernels/test_linear.py "$@" || status=1
+        echo "compute-sanitizer $tool: status $status"
+    done
+    exit $status
+fi
+
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then
     workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
@@ -25,8 +42,11 @@ alone=tests/e2e/test_gpu_startup.py
 python3 -m pytest -m gpu -q --durations=5 "${workers[@]}" --ignore "$alone" "$@" && python3 -m pytest -m gpu -q "$alone"
 status=$?
 echo "gpu tests: exit $status"
-if [ -n "$quick" ] || [ $status -ne 0 ]; then
+if [ "$mode" = quick ] || [ $status -ne 0 ]; then
     exit $status
+fi
+if [ "$mode" = kernels ]; then
+    exec python3 scripts/bench_kernels.py --skip-tests
 fi
 
 reports=$(mktemp)
