@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.graphs.state import NO_COUNTS, DecodeState, SamplingRows, to_device
+from mini_infer.kernels.common import ALIGNMENT
 from mini_infer.kernels.penalties import Penalties
 from mini_infer.step import PrefillChunk
 from mini_infer.typing import NO_ROW
@@ -82,7 +83,7 @@ class PrefillBuffer:
         self._spare_row = state.num_rows
         num_seqs = max_chunks + -(-num_tokens // self._longest)
         self._shapes: dict[str, tuple[int, ...]] = {
-            "seeds": (num_seqs, 2),  # first, so that it is aligned for int64
+            "seeds": (num_seqs, 2),
             "token_ids": (num_tokens,),
             "positions": (num_tokens,),
             "slot_mapping": (num_tokens,),
@@ -95,7 +96,7 @@ class PrefillBuffer:
             "count_rows": (num_seqs,),
             **dict.fromkeys(_FLOATS, (num_seqs,)),
         }
-        self._size = sum(int(np.prod(shape)) for shape in self._shapes.values())
+        _, _, self._size, _ = self._sections()[-1]
         if storage is None:
             storage = torch.zeros(self._size, dtype=torch.int32, device=device)
         self.storage = storage[: self._size]
@@ -169,10 +170,11 @@ class PrefillBuffer:
         host["last_tokens"][index] = end - 1
 
     def _sections(self) -> list[tuple[str, int, int, tuple[int, ...]]]:
-        """(name, begin, end, shape) of each part of the flat buffer."""
-        sections, begin = [], 0
+        """(name, begin, end, shape) of each part of the flat buffer. They are aligned, so that the kernels that were
+        compiled for one bucket do for all."""
+        sections, end, aligned = [], 0, ALIGNMENT // np.dtype(np.int32).itemsize
         for name, shape in self._shapes.items():
+            begin = -(-end // aligned) * aligned
             end = begin + int(np.prod(shape))
             sections.append((name, begin, end, shape))
-            begin = end
         return sections

@@ -15,10 +15,8 @@ from mini_infer.graphs.params import Params
 from mini_infer.graphs.prefill_inputs import PrefillBuffer, PrefillInputs
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeState
+from mini_infer.kernels.common import ALIGNMENT
 from mini_infer.step import PrefillChunk
-
-ALIGNMENT = 16
-"""Triton compiles a kernel anew for a pointer that is no multiple of this many bytes."""
 
 
 class Steps(Protocol):

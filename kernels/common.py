@@ -15,6 +15,10 @@ INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels were decorated under TRITON_INTERPRET=1. The interpreter holds bfloat16 as raw bits, so `tl.dot`
 on it is garbage: kernels take this as a constexpr and upcast the operands."""
 
+ALIGNMENT = 16
+"""Bytes. Triton compiles a kernel anew for a pointer that is no multiple of this many, and the tensor memory
+accelerator refuses it."""
+
 
 def register_op(
     name: str,

@@ -27,13 +27,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
+from mini_infer.kernels.common import ALIGNMENT, INTERPRET, cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
 from mini_infer.kernels.linear_common import LINE, inverse_rms, prefetched_columns, row_squares
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
-
-_ALIGNMENT = 16  # bytes
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -132,7 +130,7 @@ def _tma_kernel(
 
 def can_use_tma(matrix: Tensor) -> bool:
     """Whether the rows of a matrix [rows, cols] lie as the tensor memory accelerator wants them."""
-    aligned = matrix.data_ptr() % _ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % _ALIGNMENT == 0
+    aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
     return matrix.stride(1) == 1 and aligned
 
 
@@ -165,7 +163,7 @@ def launch_tma(
     for name, matrix in (("x", rows), ("weight", weight)):
         if not can_use_tma(matrix):
             raise ValueError(
-                f"{tile} needs {name} with contiguous rows that start at multiples of {_ALIGNMENT} bytes, got strides "
+                f"{tile} needs {name} with contiguous rows that start at multiples of {ALIGNMENT} bytes, got strides "
                 f"{matrix.stride()} and address {matrix.data_ptr():#x}"
             )
     m, (n, k), split_k = rows.shape[0], weight.shape, tile.split_k

@@ -203,7 +203,7 @@ def test_types() -> None:
         expected = torch.float32 if floats else torch.int64 if name == "seeds" else torch.int32
         assert tensor.dtype == expected, name
         assert tensor.is_contiguous(), name
-        assert tensor.data_ptr() % tensor.element_size() == 0, name
+        assert tensor.data_ptr() % 16 == 0, f"{name}: kernels would be compiled anew for it"
 
 
 @pytest.mark.gpu
