@@ -135,10 +135,17 @@ def norm_linear(x: Tensor, squares: Tensor | None, eps: float, weight: LinearWei
     """
     _check_width(x, weight)
     tile = _tile(x, weight)
-    if tile is not None and tile.norms and (squares is not None or tile.kind != "tma"):
+    if tile is not None and _can_norm(tile, x, squares, weight):
         out: Tensor = norm_linear_op(x, squares, weight.weight, weight.bias, eps, gated, tile.to_ints())
         return out
     return _product(rmsnorm(x, None, eps), weight, gated=gated)
+
+
+def _can_norm(tile: Tile, x: Tensor, squares: Tensor | None, weight: LinearWeight) -> bool:
+    """Whether a tile norms these rows. cuBLAS rounds what is not normed yet: a float16 may overflow then."""
+    if tile.is_library and (x.dtype == torch.float16 or weight.bias is not None):
+        return False
+    return tile.norms and (squares is not None or not tile.needs_squares)
 
 
 def _product(x: Tensor, weight: LinearWeight, *, gated: bool) -> Tensor:

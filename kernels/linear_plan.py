@@ -24,7 +24,7 @@ MAX_NORMED_ROWS = 32
 """Of a dot tile: with 64 the tensor cores take x as they do in a tma tile, and it must not be read into registers."""
 PLANS = Path(__file__).parent / "plans"
 
-Kind = Literal["gemv", "dot", "halves", "tma"]
+Kind = Literal["gemv", "dot", "halves", "tma", "whole"]
 Role = Literal["plain", "norm", "norm_gate", "add"]
 """What is done beside the product: nothing, the norm of x before it, silu(gate) * up after it as well, or adding it to
 a residual. The norm divides each row by its root mean square; its weight is part of the product's (`linear`)."""
@@ -32,7 +32,7 @@ a residual. The norm divides each row by its root mean square; its weight is par
 ShapeKey = tuple[int, int, Role]
 """(n, k, role): weight rows, weight columns, what is done beside the product."""
 
-_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "tma")
+_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "tma", "whole")
 _ROLES: tuple[Role, ...] = ("plain", "norm", "norm_gate", "add")
 
 
@@ -42,16 +42,18 @@ class Tile:
 
     Attributes:
         kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64;
-            "tma" feeds them from shared memory, for any number, on GPUs from Hopper on. "halves" is cuBLAS, gate and up
-            one after the other, which may fill the GPU's last wave of tiles better; the other fields mean nothing then.
+            "tma" feeds them from shared memory, for any number, on GPUs from Hopper on. "whole" and "halves" are cuBLAS
+            for gate and up, at once or one after the other, which may fill the GPU's last wave of tiles better; of the
+            other fields only ``norms`` means something then.
         block_n: Weight rows of a program (gate and up rows together when gated).
         block_k: Weight columns that are loaded at a time.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline over the columns.
         split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
         norms: Whether each program norms the rows of x for itself, where they are to be normed; else a kernel of its
-            own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; "tma" needs the sums of squares
-            that the product before left (`square_parts`). Not with ``split_k``.
+            own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; the others need the sums of
+            squares that the product before left (`square_parts`), and after cuBLAS the activation's kernel norms. Not
+            with ``split_k``.
         block_m: Rows of x of a program; "tma" only.
     """
 
@@ -67,7 +69,7 @@ class Tile:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
-        if self.kind == "halves":
+        if self.is_library:
             return
         least = {"gemv": 1, "dot": 16, "tma": 64}[self.kind]
         bounds = [("block_n", least), ("block_k", 16), ("num_warps", 1)]
@@ -79,6 +81,16 @@ class Tile:
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
         if self.norms and self.split_k > 1:
             raise ValueError(f"programs that share the columns cannot norm, got {self}")
+
+    @property
+    def is_library(self) -> bool:
+        """Whether cuBLAS does the product."""
+        return self.kind in ("whole", "halves")
+
+    @property
+    def needs_squares(self) -> bool:
+        """Whether it norms with squares that were left."""
+        return self.norms and self.kind not in ("gemv", "dot")
 
     def to_ints(self) -> list[int]:
         """The tile as the ops take it."""
@@ -93,8 +105,8 @@ class Tile:
         return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms), block_m)
 
     def __str__(self) -> str:
-        if self.kind == "halves":
-            return "cuBLAS by halves"
+        if self.is_library:
+            return f"cuBLAS {self.kind}{' norms' if self.norms else ''}"
         rows = f"{self.block_m}x" if self.kind == "tma" else ""
         text = f"{self.kind} {rows}{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         if self.norms:

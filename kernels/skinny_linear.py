@@ -10,8 +10,8 @@ x: [..., k], weight: [n, k], bias: [n] or None, r: [..., n]; float32, float16 or
 that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
 The tile says which kernel does it: `gemv` in registers, for 1 to 4 rows (`linear_gemv`); `dot` on tensor cores through
-registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for 5 to 256 (`linear_tma`); `halves`
-is cuBLAS for the gate, cuBLAS for up, and the activation's own kernel.
+registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for 5 to 256 (`linear_tma`); `whole`
+and `halves` are cuBLAS, for gate and up together or one by one, and the activation's own kernel.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini_infer.kernels.activation import silu_and_mul
+from mini_infer.kernels.activation import normed_silu_and_mul, silu_and_mul
 from mini_infer.kernels.common import register_op
 from mini_infer.kernels.linear_dot import launch_dot
 from mini_infer.kernels.linear_gemv import launch_gemv
@@ -68,9 +68,9 @@ def launch_skinny_linear(
 ) -> Tensor:
     """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma).
 
-    A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. For this a tma
-    tile needs the `squares` of the rows, [parts, rows] float32: parts of their sums, as `launch_add_linear` leaves
-    them.
+    A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. For this all
+    but gemv and dot need the `squares` of the rows, [parts, rows] float32: parts of their sums, as `launch_add_linear`
+    leaves them.
 
     Raises:
         ValueError: the tile does not do such a product.
@@ -82,9 +82,12 @@ def launch_skinny_linear(
     rows = _as_rows(x)
     _check_tile(tile, rows.shape[0], weight, gated)
     if tile.norms:
-        _check_norm(tile, rows, eps, squares)
-    if tile.kind == "halves":
-        return _by_halves(rows, weight, bias).view(out.shape)
+        _check_norm(tile, rows, bias, eps, squares)
+    if tile.is_library:
+        both = _by_library(rows, weight, bias, halves=tile.kind == "halves")
+        if tile.norms and squares is not None:
+            return normed_silu_and_mul(both, squares, weight.shape[1], eps).view(out.shape)
+        return silu_and_mul(both).view(out.shape)
     if tile.kind == "gemv":
         launch_gemv(rows, weight, bias, tile, gated, eps, out, add=False)
     elif tile.kind == "dot":
@@ -126,27 +129,32 @@ def _as_rows(x: Tensor) -> Tensor:
 def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool) -> None:
     n = weight.shape[0]
     most = {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS}.get(tile.kind, m)
-    if tile.kind == "halves" and not gated:
-        raise ValueError("without a gate there are no halves")
-    narrow = gated and tile.kind != "halves" and tile.block_n < 2
+    if tile.is_library and not gated:
+        raise ValueError(f"{tile} is for gate and up, and there are none")
+    narrow = gated and not tile.is_library and tile.block_n < 2
     if m > most or narrow or (gated and n % 2) or weight.stride(1) != 1:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
 
 
-def _check_norm(tile: Tile, rows: Tensor, eps: float, squares: Tensor | None) -> None:
+def _check_norm(tile: Tile, rows: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None) -> None:
     m = rows.shape[0]
     if eps <= 0.0:
         raise ValueError(f"{tile} norms: eps must be greater than 0, got {eps}")
     if tile.kind == "dot" and m > MAX_NORMED_ROWS:
         raise ValueError(f"{tile} does not norm {m} rows, {MAX_NORMED_ROWS} at most")
-    if tile.kind == "tma":
+    if tile.is_library and bias is not None:
+        raise ValueError(f"{tile} norms after the product, which must have no bias then")
+    if tile.needs_squares:
         if squares is None:
             raise ValueError(f"{tile} norms with the squares of x, and there are none")
         if squares.dtype != torch.float32 or squares.shape[1:] != (m,) or not squares.is_contiguous():
             raise ValueError(f"squares must be float32 [parts, {m}], got {squares.dtype} {tuple(squares.shape)}")
 
 
-def _by_halves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_library(rows: Tensor, weight: Tensor, bias: Tensor | None, *, halves: bool) -> Tensor:
+    """Gate and up side by side."""
+    if not halves:
+        return F.linear(rows, weight, bias)
     half = weight.shape[0] // 2
     both = torch.empty((rows.shape[0], 2 * half), dtype=rows.dtype, device=rows.device)
     for part in (slice(0, half), slice(half, 2 * half)):
@@ -154,7 +162,7 @@ def _by_halves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             torch.mm(rows, weight[part].t(), out=both[:, part])
         else:
             torch.addmm(bias[part], rows, weight[part].t(), out=both[:, part])
-    return silu_and_mul(both)
+    return both
 
 
 def _skinny_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, tile: Sequence[int]) -> Tensor:

@@ -187,14 +187,18 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
             tile for tile in tiles if tile.split_k == 1 and (tile.kind != "dot" or problem.m <= MAX_NORMED_ROWS)
         ]
         tiles += [replace(tile, norms=True) for tile in can_norm]
-    return [*tiles, Tile("halves")] if problem.gated and problem.m > MAX_DOT_ROWS else tiles
+    if problem.gated:
+        tiles.append(Tile("whole", norms=True))
+        if problem.m > MAX_DOT_ROWS:
+            tiles += [Tile("halves"), Tile("halves", norms=True)]
+    return tiles
 
 
 def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
     """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
     unique: dict[tuple[object, ...], tuple[Problem, Tile]] = {}
     for problem, tile in jobs:
-        if tile.kind == "halves":
+        if tile.is_library:
             continue
         m_pad = {"gemv": 1 << (problem.m - 1).bit_length(), "dot": max(16, problem.m)}.get(tile.kind, 0)
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
@@ -383,7 +387,7 @@ def choose(timings: dict[Problem, list[Timing]]) -> dict[Problem, Tile | None]:
 
 def pair_cost(n: int, added: Timing, normed: Timing) -> float:
     """Microseconds of a product of n columns and of the one that norms them."""
-    needs = normed[1] is not None and normed[1].norms and normed[1].kind == "tma"
+    needs = normed[1] is not None and normed[1].needs_squares
     lacks = added[1] is None or not square_parts(added[1], n)
     return cost(added) + cost(normed) + (NORM_US if needs and lacks else 0.0)
 

@@ -220,7 +220,7 @@ def test_tiles_refuse_what_they_cannot_do():
     for squares in (torch.zeros(3, 4), torch.zeros(3, 5).double(), torch.zeros(5, 3).T):
         with pytest.raises(ValueError, match=r"squares must be float32 \[parts, 5\]"):
             launch_skinny_linear(x, weight, None, normed, eps=EPS, squares=squares)
-    with pytest.raises(ValueError, match="no halves"):
+    with pytest.raises(ValueError, match="is for gate and up"):
         launch_skinny_linear(x, weight, None, Tile("halves"))
     with pytest.raises(ValueError, match="residual must be contiguous"):
         launch_add_linear(torch.zeros(5, 64)[:, ::2], x, weight, None, DOT_TILES[0])
@@ -239,12 +239,24 @@ def test_tiles_refuse_what_they_cannot_do():
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_by_halves(kernel_device, assert_close, bias):
+@pytest.mark.parametrize("kind", ["whole", "halves"])
+def test_by_library(device, assert_close, kind, bias):
+    """cuBLAS for gate and up; without a bias the activation's kernel may norm, and float16 is normed first."""
     for leading in ((70,), (2, 3)):
-        x, weight, some_bias = make_product(70, 48, 64, torch.float32, kernel_device, bias)
-        x = x[: 2 * 3].view(*leading, 64) if len(leading) > 1 else x
-        out = launch_skinny_linear(x, weight, some_bias, Tile("halves"), gated=True)
+        x, weight, some_bias = make_product(70, 48, 64, torch.float32, device, bias)
+        x = 3 * (x[: 2 * 3].view(*leading, 64) if len(leading) > 1 else x)
+        out = launch_skinny_linear(x, weight, some_bias, Tile(kind), gated=True)
         assert_close("out", out, expected_product(x, weight, some_bias, True))
+        squares, tiles = squares_of(x.flatten(0, -2)), (Tile(kind, norms=True),) * len(M_BUCKETS)
+        if not bias:
+            out = launch_skinny_linear(x, weight, None, tiles[0], gated=True, eps=EPS, squares=squares)
+            assert_close("norms", out, expected_product(x, weight, None, True, normed=True))
+        for dtype in (torch.float32, torch.float16):
+            projection = LinearWeight.from_tensors(weight.to(dtype), None if some_bias is None else some_bias.to(dtype))
+            out = norm_linear(x.to(dtype), squares, EPS, dataclasses.replace(projection, tiles=tiles), gated=True)
+            assert_close(f"normed {dtype}", out, expected_product(x, weight, some_bias, True, normed=True))
+    with pytest.raises(ValueError, match="must have no bias"):
+        launch_skinny_linear(x, weight, weight[:, 0], Tile(kind, norms=True), gated=True, eps=EPS, squares=squares)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
