@@ -14,8 +14,8 @@ many as the GPU runs at once, takes an equal stretch of it, wherever that begins
 head counts as much as a tile: short rows take more of them.) So no program waits for a long row, none is left over for
 a last wave, and a program's loads run on from one row into the next. A tile holds the whole query group of one KV head;
 a program sums up the tiles of a row with an online softmax (Milakov & Gimelshein 2018). A row that lies within one
-stretch is done then. Of the others each program leaves its part, and a second kernel merges a row's parts by their
-log-sum-exp, in order.
+stretch is done then. Of the others each program leaves its part, and a second kernel merges a row's parts
+(`attention_merge`).
 
 The grid depends on shapes only; every program works out its stretch from the lengths in device memory. Where rows are
 cut depends on all lengths, and with it the last bits of a row's result; the same batch gives the same bits.
@@ -32,11 +32,11 @@ from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.attention_decode_cpu import paged_attention_cpu
+from mini_infer.kernels.attention_merge import merge_parts
 from mini_infer.kernels.common import INTERPRET, check_attention, multiprocessors, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
 
 _LEAST_ROWS = 256  # what programs read the lengths of at once: one kernel serves all smaller batches
-_MERGED_AT_ONCE = 8  # parts whose loads the merging kernel has in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,63 +250,6 @@ def _attend_kernel(
     tl.store(left_ptr + 2 * program + 1, last_program)
 
 
-@triton.jit
-def _merge_kernel(
-    part_ptr,  # [programs, 2, GROUP, HEAD_DIM] float32
-    lse_ptr,  # [programs, 2, GROUP] float32, base 2
-    left_ptr,  # [programs, 2] int32
-    context_len_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous
-    num_seqs,
-    num_kv_heads,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    release(DEPENDENT)
-    program = tl.program_id(0)
-    head = tl.program_id(1)  # of the group
-    dims = tl.arange(0, BLOCK_DIM)
-    offsets = tl.arange(0, AT_ONCE)
-    part = (2 * (program + offsets) + (offsets == 0).to(tl.int32)) * GROUP + head  # [AT_ONCE]
-    exists = program + offsets < tl.num_programs(0)
-    wait(DEPENDENT)
-    # The first parts are loaded before it is known whether anything is to be merged, and how many: one wait, not two.
-    item = tl.load(left_ptr + 2 * program)
-    last = tl.load(left_ptr + 2 * program + 1)
-    lse = tl.load(lse_ptr + part, mask=exists, other=float("-inf"))
-    parts = tl.load(
-        part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None] & (dims < HEAD_DIM)[None, :]
-    )
-    if item >= 0:
-        highest = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        acc = tl.zeros([BLOCK_DIM], tl.float32)
-        for start in range(program, last + 1, AT_ONCE):
-            if start > program:
-                part = 2 * (start + offsets) * GROUP + head
-                lse = tl.load(lse_ptr + part, mask=start + offsets <= last, other=float("-inf"))
-                mask = (start + offsets <= last)[:, None] & (dims < HEAD_DIM)[None, :]
-                parts = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=mask)
-            belongs = start + offsets <= last
-            lse = tl.where(belongs, lse, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-            weights = tl.exp2(lse - new_highest)  # [AT_ONCE]
-            rescale = tl.exp2(highest - new_highest)
-            total = total * rescale + tl.sum(weights, axis=0)
-            acc = acc * rescale + tl.sum(tl.where(belongs[:, None], parts * weights[:, None], 0.0), axis=0)
-            highest = new_highest
-        out = out_ptr + (item.to(tl.int64) * GROUP + head) * HEAD_DIM
-        tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-    for row in range(program, num_seqs, tl.num_programs(0)):
-        if tl.load(context_len_ptr + row) == 0:
-            for kv_head in range(num_kv_heads):
-                out = out_ptr + ((tl.cast(row, tl.int64) * num_kv_heads + kv_head) * GROUP + head) * HEAD_DIM
-                tl.store(out + dims, tl.zeros([BLOCK_DIM], out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-
-
 def _launch_paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -367,21 +310,7 @@ def _launch_paged_attention(
         num_stages=config.num_stages,
         **dependent_launch.options(),
     )
-    _merge_kernel[(programs, group)](
-        parts,
-        lse,
-        left,
-        context_lens,
-        out,
-        num_seqs,
-        num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        AT_ONCE=_MERGED_AT_ONCE,
-        num_warps=1,
-        **dependent_launch.options(),
-    )
+    merge_parts(parts, lse, left, context_lens, out, num_kv_heads)
     return out
 
 

@@ -33,12 +33,8 @@ from tune_linear import compile_only, first_line, relative_error
 
 from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
 from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
-from mini_infer.kernels.attention_prefill import (
-    PrefillConfig,
-    _launch_paged_prefill_attention,
-    paged_prefill_attention_reference,
-    prefill_config,
-)
+from mini_infer.kernels.attention_prefill import PrefillConfig, _launch_paged_prefill_attention, prefill_config
+from mini_infer.kernels.attention_prefill_cpu import paged_prefill_attention_reference
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 128, 16
 TOKEN_BYTES = KV_HEADS * HEAD_DIM * 2 * 2  # K and V of a token in 16 bits
