@@ -1,0 +1,182 @@
+"""What `tune_linear.py` measures for each matrix product, and how it chooses by what was measured. No GPU is needed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, MAX_NORMED_ROWS, Role, Tile, square_parts
+
+SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
+    "8b": {
+        "qkv": (6144, 4096, "norm"),
+        "o": (4096, 4096, "add"),
+        "gate_up": (28672, 4096, "norm_gate"),
+        "down": (4096, 14336, "add"),
+        "head": (128256, 4096, "plain"),
+    },
+    "0.6b": {
+        "qkv": (4096, 1024, "norm"),
+        "o": (1024, 2048, "add"),
+        "gate_up": (6144, 1024, "norm_gate"),
+        "down": (1024, 3072, "add"),
+        "head": (151936, 1024, "plain"),
+    },
+}
+WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
+PAIRS = {"gate_up": "o", "qkv": "down"}  # whose rows a product norms
+NORM_US = 2.0  # about what a kernel that norms adds, where a tile lacks the squares to do without
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product to tune."""
+
+    name: str
+    n: int
+    k: int
+    role: Role
+    m: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether silu(gate) * up is taken of the result."""
+        return self.role == "norm_gate"
+
+    @property
+    def normed(self) -> bool:
+        """Whether x is normed first."""
+        return self.role in ("norm", "norm_gate")
+
+
+def gemv_tiles(problem: Problem) -> list[Tile]:
+    """Candidates for a few rows, by the number of columns."""
+    block_k = 1 << (problem.k - 1).bit_length()
+    if block_k <= 2048:
+        sizes = [(1, block_k, 4, 1), (2, block_k, 4, 1), (4, block_k, 4, 1), (4, block_k, 8, 1), (8, block_k, 8, 1)]
+    elif block_k <= 4096:
+        sizes = [(1, block_k, 8, 1), (1, block_k, 4, 1), (2, block_k, 8, 1), (2, 1024, 4, 3), (4, 1024, 4, 4)]
+        sizes.append((1, 1024, 4, 3) if problem.k % block_k else (4, 2048, 8, 2))
+    else:
+        sizes = [(1, block_k, 8, 1), (1, block_k, 16, 1), (1, 2048, 8, 4), (2, 2048, 8, 3), (4, 1024, 4, 4)]
+    least = 2 if problem.gated else 1
+    return [Tile("gemv", n, k, warps, stages) for n, k, warps, stages in sizes if n >= least]
+
+
+def dot_tiles(problem: Problem) -> list[Tile]:
+    """Candidates on tensor cores, by the padded number of rows: (block_n, block_k, warps, stages, split_k)."""
+    few = problem.n <= 6144  # too few programs to fill the GPU: narrower tiles, and columns that are shared
+    if problem.m <= MAX_GEMV_ROWS:
+        sizes = [(32, 256, 2, 4, 1), (16, 512, 2, 3, 1), (32, 512, 2, 3, 1)]
+        sizes += [(16, 256, 2, 4, 2)] if few else [(32, 128, 2, 5, 1)]
+    elif problem.m <= 16:
+        sizes = [(32, 256, 2, 4, 1), (32, 128, 2, 5, 1), (32, 512, 2, 3, 1), (16, 256, 2, 4, 1), (16, 512, 2, 3, 1)]
+        sizes += [(64, 128, 4, 4, 1), (32, 256, 4, 4, 1)]
+        sizes += [(16, 256, 2, 4, 2), (32, 256, 2, 4, 2), (32, 256, 2, 3, 4)] if few else [(64, 256, 4, 3, 1)]
+    elif problem.m <= 32:
+        sizes = [(32, 128, 2, 5, 1), (32, 256, 2, 3, 1), (32, 256, 4, 3, 1), (64, 128, 4, 4, 1), (64, 256, 4, 3, 1)]
+        sizes += [(16, 256, 2, 3, 1), (32, 128, 4, 5, 1)]
+        sizes += [(32, 128, 2, 4, 2), (32, 256, 4, 3, 2), (64, 128, 4, 3, 4)] if few else [(128, 64, 4, 5, 1)]
+    else:
+        sizes = [(32, 128, 4, 5, 1), (32, 256, 4, 3, 1), (64, 128, 4, 4, 1), (64, 64, 4, 6, 1), (128, 64, 4, 5, 1)]
+        sizes += [(64, 128, 8, 4, 1)]
+        sizes += [(64, 128, 4, 4, 2), (64, 128, 4, 3, 4), (128, 64, 4, 4, 4)] if few else [(128, 128, 8, 3, 1)]
+    tiles = [Tile("dot", *size) for size in sizes]
+    whole = -(-problem.k // 1024)  # with so many programs to share them, all columns of a program at once
+    if few and whole <= 4:
+        tiles += [Tile("dot", block_n, 1024, warps, 1, whole) for block_n in (16, 32) for warps in (2, 4)]
+    return tiles
+
+
+def tma_tiles(problem: Problem) -> list[Tile]:
+    """Candidates from shared memory: (block_m, block_n, block_k, warps, stages, split_k)."""
+    few = problem.n <= 6144  # too few programs to fill the GPU: columns that are shared
+    if problem.m <= 32:
+        rows = 16 if problem.m <= 16 else 32
+        sizes = [
+            (rows, 128, 128, 4, 4, 1),
+            (rows, 128, 128, 4, 3, 1),
+            (rows, 128, 256, 4, 3, 1),
+            (rows, 128, 64, 4, 8, 1),
+        ]
+        sizes += [(rows, 64, 128, 4, 6, 1), (rows, 64, 256, 4, 4, 1), (rows, 64, 256, 4, 2, 1)]
+        if few:
+            sizes += [
+                (rows, 64, 256, 4, 4, 2),
+                (rows, 64, 128, 4, 4, 2),
+                (rows, 64, 256, 4, 2, 4),
+                (rows, 128, 128, 4, 4, 4),
+            ]
+    elif problem.m <= 64:
+        sizes = [(64, 128, 128, 4, 4, 1), (64, 128, 64, 4, 4, 1), (64, 128, 64, 4, 7, 1), (64, 128, 128, 8, 4, 1)]
+        sizes += [(64, 256, 64, 8, 4, 1), (64, 64, 128, 4, 3, 1), (64, 64, 128, 4, 6, 1), (64, 64, 64, 4, 6, 1)]
+        sizes += [(64, 64, 256, 4, 3, 1)]
+        if few:
+            sizes += [(64, 64, 128, 4, 3, 2), (64, 64, 128, 4, 6, 2), (64, 128, 64, 4, 6, 4), (64, 128, 128, 4, 4, 4)]
+            sizes += [(32, 64, 128, 4, 4, 1), (64, 128, 64, 4, 4, 2)]
+    else:
+        sizes = [(128, 128, 64, 8, 4, 1), (128, 128, 64, 4, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 8, 6, 1)]
+        sizes += [(256, 128, 64, 8, 4, 1), (128, 128, 128, 8, 3, 1), (128, 256, 128, 8, 2, 1), (256, 128, 128, 8, 2, 1)]
+        sizes += [(128, 128, 128, 4, 3, 1), (256, 64, 64, 4, 4, 1), (256, 64, 128, 4, 2, 1), (64, 128, 128, 4, 4, 1)]
+        if problem.m % 128:
+            sizes += [(64, 128, 64, 4, 4, 1), (64, 256, 64, 8, 4, 1)]
+        if few:
+            sizes += [(128, 64, 64, 4, 4, 1), (128, 64, 128, 4, 4, 1), (64, 64, 128, 4, 6, 1), (64, 128, 64, 4, 6, 1)]
+            sizes += [(128, 64, 128, 4, 4, 2), (64, 64, 128, 4, 6, 2), (64, 64, 256, 4, 3, 1), (128, 64, 256, 4, 2, 1)]
+            sizes += [(128, 128, 64, 8, 4, 2), (128, 64, 64, 4, 6, 2), (128, 128, 64, 8, 4, 4), (256, 128, 64, 8, 4, 4)]
+    least = 128 if problem.gated else 64
+    most = 1 << (problem.m - 1).bit_length()
+    return [
+        Tile("tma", n, k, warps, stages, split_k, block_m=m)
+        for m, n, k, warps, stages, split_k in sizes
+        if n >= least and m <= max(16, most)
+    ]
+
+
+def candidates(problem: Problem, quick: bool) -> list[Tile]:
+    """What is worth measuring for this product."""
+    gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
+    dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
+    tma = tma_tiles(problem) if problem.m > 2 else []
+    tiles = gemv[:2] + dot[:2] + tma[:2] if quick else gemv + dot + tma
+    if problem.normed:
+        can_norm = [
+            tile for tile in tiles if tile.split_k == 1 and (tile.kind != "dot" or problem.m <= MAX_NORMED_ROWS)
+        ]
+        tiles += [replace(tile, norms=True) for tile in can_norm]
+    if problem.gated:
+        tiles.append(Tile("whole", norms=True))
+        if problem.m > MAX_DOT_ROWS:
+            tiles += [Tile("halves"), Tile("halves", norms=True)]
+    return tiles
+
+
+Timing: TypeAlias = tuple[float, Tile | None]
+"""Microseconds, and the tile that took them; None for cuBLAS."""
+
+
+def cost(timing: Timing) -> float:
+    """Microseconds as they are compared: a tile must be worth it."""
+    us, tile = timing
+    return us if tile is None else us / WORTHWHILE
+
+
+def choose(timings: dict[Problem, list[Timing]]) -> dict[Problem, Tile | None]:
+    """The tiles to use, a product that norms together with the one whose sums it norms."""
+    by_name = {(problem.name, problem.m): problem for problem in timings}
+    chosen = {problem: min(each, key=cost)[1] for problem, each in timings.items()}
+    for (name, m), normed in by_name.items():
+        model, _, shape = name.partition(" ")
+        added = by_name.get((f"{model} {PAIRS.get(shape)}", m))
+        if added is not None:
+            pairs = itertools.product(timings[added], timings[normed])
+            (_, chosen[added]), (_, chosen[normed]) = min(pairs, key=lambda pair: pair_cost(added.n, *pair))
+    return chosen
+
+
+def pair_cost(n: int, added: Timing, normed: Timing) -> float:
+    """Microseconds of a product of n columns and of the one that norms them."""
+    needs = normed[1] is not None and normed[1].needs_squares
+    lacks = added[1] is None or not square_parts(added[1], n)
+    return cost(added) + cost(normed) + (NORM_US if needs and lacks else 0.0)

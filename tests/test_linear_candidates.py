@@ -1,0 +1,54 @@
+"""What the tuner of the matrix products measures, and how it chooses."""
+
+from typing import Any
+
+import pytest
+
+from mini_infer.kernels.linear_plan import M_BUCKETS, MAX_DOT_ROWS, MAX_GEMV_ROWS, MAX_NORMED_ROWS, Tile
+from scripts import linear_candidates as tuning
+
+
+def problem(model: str, name: str, m: int) -> Any:
+    n, k, role = tuning.SHAPES[model][name]
+    return tuning.Problem(f"{model} {name}", n, k, role, m)
+
+
+@pytest.mark.parametrize("m", M_BUCKETS)
+@pytest.mark.parametrize("model", tuning.SHAPES)
+def test_candidates_can_do_their_product(model: str, m: int) -> None:
+    """Each is within what its kernel takes, none is there twice, and products that norm have tiles that do."""
+    for name in tuning.SHAPES[model]:
+        each = problem(model, name, m)
+        tiles = tuning.candidates(each, quick=False)
+        assert len(set(tiles)) == len(tiles) > 2
+        assert set(tuning.candidates(each, quick=True)) <= set(tiles)
+        assert any(tile.norms for tile in tiles) == each.normed
+        for tile in tiles:
+            assert m <= {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS}.get(tile.kind, m)
+            assert not (tile.norms and tile.kind == "dot") or m <= MAX_NORMED_ROWS
+            assert not tile.is_library or each.gated
+            assert tile.is_library or tile.block_n >= (2 if each.gated else 1)
+
+
+ADDS, NORMS = Tile("tma", 64, 128, 4, block_m=64), Tile("tma", 128, 128, 4, block_m=64, norms=True)
+ALONE = Tile("dot", 32, 256, 2, norms=True)
+
+
+@pytest.mark.parametrize(
+    ("added", "normed", "expected"),
+    [
+        ([(10.0, None), (10.5, ADDS)], [(20.0, None), (18.0, NORMS)], (ADDS, NORMS)),  # the squares are worth 0.5 us
+        ([(10.0, None), (15.0, ADDS)], [(20.0, None), (18.5, NORMS)], (None, None)),  # not 5
+        ([(10.0, None), (15.0, ADDS)], [(20.0, None), (15.0, NORMS)], (None, NORMS)),  # even with a kernel that norms
+        ([(10.0, None), (15.0, ADDS)], [(20.0, None), (18.5, ALONE)], (None, ALONE)),  # it needs none
+        ([(10.0, None), (9.9, ADDS)], [(20.0, None), (19.9, ALONE)], (None, None)),  # what is hardly faster
+    ],
+)
+def test_pairs_are_chosen_together(added: Any, normed: Any, expected: Any) -> None:
+    o, gate_up, qkv = (problem("8b", name, 64) for name in ("o", "gate_up", "qkv"))
+    chosen = tuning.choose({o: added, gate_up: normed, qkv: [(5.0, None), (4.0, ALONE)]})
+    assert (chosen[o], chosen[gate_up]) == expected
+    assert chosen[qkv] == ALONE, "its partner was not measured"
+    other_rows = problem("8b", "o", 128)
+    alone = tuning.choose({other_rows: added})[other_rows]
+    assert tuning.choose({other_rows: added, gate_up: normed})[other_rows] == alone, "not of the same row count"
