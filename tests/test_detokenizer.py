@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mini_infer.detokenizer import MAX_UNFINISHED, MAX_WINDOW, REPLACEMENT, IncrementalDetokenizer
 from mini_infer.tokenizer import Tokenizer
+from tests.hypothesis_profiles import PROPERTY
 from tests.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_metaspace_tokenizer
 
 TOKENIZERS = {
@@ -30,7 +31,7 @@ def pushed(detokenizer: IncrementalDetokenizer, token_ids: list[int], sizes: lis
     return [*pieces, detokenizer.finish()]
 
 
-@settings(deadline=None, max_examples=300)
+@PROPERTY
 @given(any_tokenizer, texts, st.lists(st.integers(1, 4), max_size=8))
 def test_text_arrives_whole(name: str, text: str, sizes: list[int]) -> None:
     """The increments of an encoded text join to what decoding everything gives, however the tokens are grouped."""
@@ -41,7 +42,7 @@ def test_text_arrives_whole(name: str, text: str, sizes: list[int]) -> None:
     assert "".join(pieces) == tokenizer.decode(token_ids) == detokenizer.text
 
 
-@settings(deadline=None, max_examples=300)
+@PROPERTY
 @given(st.lists(st.integers(0, 330), max_size=60), st.lists(st.integers(1, 4), max_size=8))
 def test_any_tokens(token_ids: list[int], sizes: list[int]) -> None:
     """Tokens that make no text (special ones, ids past the vocabulary) or no character join to the whole, too."""
@@ -49,7 +50,7 @@ def test_any_tokens(token_ids: list[int], sizes: list[int]) -> None:
     assert "".join(pushed(IncrementalDetokenizer(tokenizer), token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
-@settings(deadline=None, max_examples=300)
+@PROPERTY
 @given(st.lists(st.tuples(texts, st.sampled_from([1, 2])), max_size=8), st.lists(st.integers(1, 4), max_size=8))
 def test_special_tokens_between(parts: list[tuple[str, int]], sizes: list[int]) -> None:
     """Special tokens anywhere in a text with a meta space and bytes leave no trace."""
@@ -58,7 +59,7 @@ def test_special_tokens_between(parts: list[tuple[str, int]], sizes: list[int]) 
     assert "".join(pushed(IncrementalDetokenizer(tokenizer), token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(PROPERTY, max_examples=max(500, PROPERTY.max_examples))
 @given(
     any_tokenizer,
     texts,

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run_example(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run an example from the repository root, on the CPU, one thread."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MINI_INFER_HOME")}
     return subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=ROOT,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mini_infer.exceptions import ConfigError
 from mini_infer.machine_plan import MachinePlan, PlanStore, worthwhile
+from tests.hypothesis_profiles import PROPERTY
 
 KEY = {"spec": "llama", "torch": "2.11", "max_num_seqs": "8"}
 PLAN = MachinePlan(1000, 2000, (1, 4, 8), (16, 512), {1: 0.5, 8: 0.75}, {16: 1.0, 512: 9.5}, 0.125, 2e-5, 300)
@@ -133,6 +134,7 @@ def test_worthwhile(costs: dict[int, float], kept: tuple[int, ...]) -> None:
     assert worthwhile(costs, min_saving=0.03) == kept
 
 
+@PROPERTY
 @given(st.dictionaries(st.integers(1, 300), st.floats(0.1, 10.0), min_size=1), st.floats(0.0, 0.2))
 def test_no_batch_pays_more_than_the_margin(costs: dict[int, float], min_saving: float) -> None:
     """The largest stays; without the others, no size's cheapest bucket costs more than the margin over what it did."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -169,11 +170,14 @@ class Lines:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        """The collector waits: what it runs of ours, for streams that others have dropped, is no line of the call."""
+        gc.disable()
         sys.settrace(self._trace)
         try:
             yield
         finally:
             sys.settrace(None)
+            gc.enable()
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):

@@ -7,14 +7,27 @@ import pytest
 from mini_infer import LLMEngine
 from mini_infer.bench import run
 from mini_infer.bench.run import bench_latency, bench_throughput
+from mini_infer.bench.workloads import Work
 from tests.bench.conftest import small_work
 
 
-def test_latency(engine: LLMEngine) -> None:
+def test_latency(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best and median of the repeats, by walls that are given: 11 steps are the difference of 12 tokens and 1."""
+    walls = iter([9.0, 1.75, 1.2, 0.1, 0.2] * 2)  # the warm-up's, two long ones, two short ones
+    timed, lengths = run.timed, []
+
+    def pretended(engine: LLMEngine, work: Work) -> float:
+        timed(engine, work)
+        lengths.append({params.max_tokens for params in work.sampling})
+        return next(walls)
+
+    monkeypatch.setattr(run, "timed", pretended)
     rows = bench_latency(engine, [1, 3], output_tokens=12, repeats=2)
+    assert lengths == [{12}, {12}, {12}, {1}, {1}] * 2
     assert [(row.batch, row.seed, row.off_graph_steps) for row in rows] == [(1, 1, 0), (3, 3, 0)]
     for row in rows:
-        assert row.decode_ms < 1000 and row.ttft_ms > 0
+        assert (row.decode_ms, row.ttft_ms) == (pytest.approx(1.1 / 11 * 1e3), pytest.approx(100.0))
+        assert row.median_ms == pytest.approx((1.475 - 0.15) / 11 * 1e3)
         assert row.gpu_idle is not None and 0 < row.gpu_idle < 1
 
 
