@@ -136,10 +136,12 @@ def _layers(
         )
         attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
         squares = add_linear(hidden, attended.flatten(1), layer.o)
-        for rows in hidden.split(_MLP_ROWS):  # more than one only where there are no squares
+        pieces = hidden.split(_MLP_ROWS)
+        for rows in pieces:
             gated = norm_linear(rows, squares, spec.rms_norm_eps, layer.gate_up, gated=True)
-            squares = add_linear(rows, gated, layer.down)
+            left = add_linear(rows, gated, layer.down)
             del gated  # before the next rows need as much
+        squares = left if len(pieces) == 1 else None
 
 
 def _logits(spec: ModelSpec, params: Params, hidden: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.graphs.state import NO_COUNTS, DecodeState, SamplingRows, to_device
+from mini_infer.graphs.state import DecodeState, SamplingRows, to_device
 from mini_infer.kernels.common import ALIGNMENT
-from mini_infer.kernels.penalties import Penalties
+from mini_infer.kernels.penalties import NO_COUNTS, Penalties
+from mini_infer.kernels.row_edit import SAMPLING_FLOATS
 from mini_infer.step import PrefillChunk
 from mini_infer.typing import NO_ROW
-
-_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-"""The sampling parameters that are float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ class PrefillBuffer:
             "rows": (num_seqs,),
             "top_k": (num_seqs,),
             "count_rows": (num_seqs,),
-            **dict.fromkeys(_FLOATS, (num_seqs,)),
+            **dict.fromkeys(SAMPLING_FLOATS, (num_seqs,)),
         }
         _, _, self._size, _ = self._sections()[-1]
         if storage is None:
@@ -143,7 +141,7 @@ class PrefillBuffer:
             host["block_tables"][index, : len(chunk.block_table)] = chunk.block_table
             host["rows"][index] = self._spare_row if chunk.row == NO_ROW else chunk.row
             host["top_k"][index] = chunk.sampling.top_k
-            for name in _FLOATS:
+            for name in SAMPLING_FLOATS:
                 host[name].view(np.float32)[index] = getattr(chunk.sampling, name)
             if chunk.row != NO_ROW and chunk.sampling.has_penalties:
                 host["count_rows"][index] = chunk.row

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mini_infer.kernels.decode_frame import advance_rows
-from mini_infer.kernels.penalties import Penalties, token_counts_of
-from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SEED, edit_rows
+from mini_infer.kernels.penalties import NO_COUNTS, Penalties, token_counts_of
+from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SAMPLING_FLOATS, SEED, edit_rows
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import ExtendRow, MoveRow, PlaceRow, RowEdit
 from mini_infer.typing import NULL_BLOCK
@@ -22,9 +22,7 @@ _SEQ_LEN = FIRST_FIELD + FIELDS.index("seq_len")
 _ACTIVE = FIRST_FIELD + FIELDS.index("active")
 _TOP_K = FIRST_FIELD + FIELDS.index("top_k")
 _COUNT_ROW = FIRST_FIELD + FIELDS.index("count_row")
-_FLOATS = slice(FIRST_FIELD + FIELDS.index("temperature"), FIRST_FIELD + len(FIELDS))
-NO_COUNTS = -1
-"""In place of a row of token counts, where a row has no penalties."""
+_FLOATS = slice(FIRST_FIELD + FIELDS.index(SAMPLING_FLOATS[0]), FIRST_FIELD + len(FIELDS))
 _PADDING = SamplingParams(temperature=0.0)
 
 
@@ -189,14 +187,7 @@ class DecodeState:
 def write_sampling(line: np.ndarray, sampling: SamplingParams, seed: int) -> None:
     """Write one row's sampling parameters into its line of `mini_infer.kernels.row_edit`'s format."""
     line[_TOP_K] = sampling.top_k
-    floats = (
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-    )
+    floats = tuple(getattr(sampling, name) for name in SAMPLING_FLOATS)
     line[_FLOATS] = np.array(floats, dtype=np.float32).view(np.int32)
     line[SEED : SEED + 2] = np.array((seed,), dtype=np.int64).view(np.int32)
 

@@ -2,9 +2,9 @@
 
 x is padded to 16, 32 or 64 rows for the tensor cores, which idle most of the time; a program owns `block_n` weight rows
 and pipelines over the columns, or has them all in flight at once where they fit; it may norm x for itself, from the
-squares of what passes through (`linear_common`). With `split_k` > 1 several programs
-share the columns, and `reduce_splits` adds their sums. A program fetches its first weights while the kernel before it
-still runs (`dependent_launch`).
+squares of what passes through (`linear_common`). With `split_k` > 1 several programs share the columns, and
+`reduce_splits` adds their sums. A program fetches its first weights while the kernel before it still runs
+(`dependent_launch`).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -36,7 +36,7 @@ def _dot_kernel(
     weight_ptr,  # [n, k]
     bias_ptr,  # [n]
     out_ptr,  # [m, n] or [m, n / 2]; with SPLIT_K > 1 the sums [SPLIT_K, m, n] float32; contiguous
-    squares_ptr,  # with ADD [programs along n, m] float32: squares of what out holds then, summed over a program's
+    squares_ptr,  # with LEAVES [programs along n, m] float32: squares of what out holds then, summed over a program's
     m,
     n,
     k,
@@ -51,6 +51,7 @@ def _dot_kernel(
     HAS_BIAS: tl.constexpr,
     NORMS: tl.constexpr,  # needs SPLIT_K == 1
     ADD: tl.constexpr,  # to what out holds
+    LEAVES: tl.constexpr,
     ONE_TILE: tl.constexpr,  # BLOCK_K takes all of a program's columns
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -122,7 +123,7 @@ def _dot_kernel(
         acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(target, out, mask=mask)
-    if ADD:
+    if LEAVES:
         tl.store(squares_ptr + tl.program_id(0) * m + x_rows, row_squares(out, mask), mask=x_rows < m)
 
 
@@ -160,6 +161,7 @@ def launch_dot(
         HAS_BIAS=bias is not None and whole,
         NORMS=tile.norms,
         ADD=squares is not None and whole,
+        LEAVES=squares is not None and whole and len(squares) > 0,
         ONE_TILE=tile.block_k * split_k >= k,
         EVEN_K=k % tile.block_k == 0,
         UPCAST=INTERPRET,

@@ -18,6 +18,9 @@ M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 REDUCED_COLUMNS = 256
 """Columns of the result that one program adds up where several shared the columns of the weight."""
 
+MOST_PARTS = 64
+"""Of sums of squares: programs that norm keep them in registers while they multiply."""
+
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
 MAX_NORMED_ROWS = 32
@@ -118,7 +121,8 @@ def square_parts(tile: Tile, n: int) -> int:
     """In how many parts a tile leaves the sums of squares of the n columns that it added to; 0: it leaves none."""
     if tile.kind not in ("dot", "tma"):
         return 0
-    return -(-n // (REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n))
+    parts = -(-n // (REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n))
+    return parts if parts <= MOST_PARTS else 0
 
 
 Tiles = tuple[Tile | None, ...]

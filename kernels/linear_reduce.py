@@ -17,7 +17,7 @@ def _reduce_kernel(
     sums_ptr,  # [SPLIT_K, m, n] float32 contiguous
     bias_ptr,  # [n]
     out_ptr,  # [m, n] or [m, n / 2] contiguous
-    squares_ptr,  # with ADD [programs along n, m] float32: squares of what out holds then, summed over a program's
+    squares_ptr,  # with LEAVES [programs along n, m] float32: squares of what out holds then, summed over a program's
     m,
     n,
     SPLIT_K: tl.constexpr,
@@ -25,6 +25,7 @@ def _reduce_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    LEAVES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
@@ -54,7 +55,7 @@ def _reduce_kernel(
         total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     total = total.to(out_ptr.dtype.element_ty)
     tl.store(target, total, mask=mask)
-    if ADD:
+    if LEAVES:
         kept = tl.where(mask, total.to(tl.float32), 0.0)
         tl.store(squares_ptr + tl.program_id(0).to(tl.int64) * m + row, tl.sum(kept * kept, axis=0))
 
@@ -68,6 +69,7 @@ def reduce_splits(sums: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool
         out: [m, n] contiguous, or [m, n / 2] with the gate; changed.
         gated: Whether to take silu(gate) * up of the two halves of n.
         squares: [n / REDUCED_COLUMNS, m] float32, rounded up, or None; gets the sums of squares of what out holds then.
+            [0, m]: they are not wanted.
     """
     split_k, m, n = sums.shape
     _reduce_kernel[(cdiv(n // 2 if gated else n, REDUCED_COLUMNS), m)](
@@ -82,6 +84,7 @@ def reduce_splits(sums: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool
         GATED=gated,
         HAS_BIAS=bias is not None,
         ADD=squares is not None,
+        LEAVES=squares is not None and len(squares) > 0,
         num_warps=2,
         **dependent_launch.options(),
     )

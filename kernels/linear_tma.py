@@ -42,7 +42,7 @@ def _tma_kernel(
     bias_ptr,  # [n]
     out_ptr,  # [m, n] or [m, n / 2]; with SPLIT_K > 1 the sums [SPLIT_K, m, n] float32; contiguous
     x_squares_ptr,  # with NORMS [parts, m] float32: parts of the sums of the squares of x
-    out_squares_ptr,  # with ADD [programs along n, m] float32: likewise of what out holds then
+    out_squares_ptr,  # with LEAVES [programs along n, m] float32: likewise of what out holds then
     m,
     n,
     k,
@@ -58,6 +58,7 @@ def _tma_kernel(
     NORMS: tl.constexpr,  # needs SPLIT_K == 1
     BLOCK_PARTS: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
+    LEAVES: tl.constexpr,
     UPCAST: tl.constexpr,
     PREFETCHED: tl.constexpr,  # columns, a power of two
     DEPENDENT: tl.constexpr,
@@ -124,7 +125,7 @@ def _tma_kernel(
         out += before.to(tl.float32)
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(target, out, mask=mask)
-    if ADD:
+    if LEAVES:
         tl.store(out_squares_ptr + tl.program_id(1) * m + rows, row_squares(out, mask), mask=rows < m)
 
 
@@ -155,7 +156,8 @@ def launch_tma(
         eps: Added to the mean of squares.
         x_squares: [parts, m] float32, parts of the sums of the squares of x; for a tile that norms.
         out: Changed.
-        out_squares: [n / block_n, m] float32, rounded up; gets parts of the sums of the squares of out.
+        out_squares: [n / block_n, m] float32, rounded up; gets parts of the sums of the squares of out. [0, m]: they
+            are not wanted.
 
     Raises:
         ValueError: an operand that is not aligned.
@@ -194,6 +196,7 @@ def launch_tma(
         NORMS=tile.norms,
         BLOCK_PARTS=next_power_of_2(parts),
         ADD=out_squares is not None and whole,
+        LEAVES=out_squares is not None and whole and len(out_squares) > 0,
         UPCAST=INTERPRET,
         PREFETCHED=prefetched_columns(cdiv(k, split_k)),
         num_warps=tile.num_warps,

@@ -5,9 +5,10 @@ For each logit x of a token that was in the prompt, or was generated `count` tim
     x = x / repetition if x > 0 else x * repetition      (Keskar et al. 2019, https://arxiv.org/abs/1909.05858)
     x = x - frequency * count - presence                 if count > 0, the prompt not counted
 
-in float32, rounded to the type of the logits. What a sequence has seen is a row of token_counts [count rows, vocab]
-int16: twice the times that each token was generated, plus 1 if the prompt has it. `token_counts_of` makes such a row,
-and every decode step counts the tokens at hand in it (`decode_frame.embed_rows`), before it samples the next ones.
+in float32, rounded to the type of the logits: what is less than half of their spacing changes nothing. What a sequence
+has seen is a row of token_counts [count rows, vocab] int16: twice the times that each token was generated, plus 1 if
+the prompt has it. `token_counts_of` makes such a row, and every decode step counts the tokens at hand in it
+(`decode_frame.embed_rows`), before it samples the next ones.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,6 +25,9 @@ from torch import Tensor
 
 MAX_COUNT = 2**14 - 1
 """Tokens are counted up to this: it is what 15 bits hold."""
+
+NO_COUNTS = -1
+"""In place of a row of token counts, where a row has no penalties."""
 
 
 class Penalties(NamedTuple):
@@ -54,8 +58,9 @@ def token_counts_of(
         output_token_ids: Generated tokens.
         vocab_size: All tokens are below this.
     """
-    times = np.bincount(np.asarray(output_token_ids, dtype=np.int64), minlength=vocab_size)
-    counts = (2 * np.minimum(times, MAX_COUNT)).astype(np.int16)
+    counts = np.zeros(vocab_size, dtype=np.int16)
+    tokens, times = np.unique(np.asarray(output_token_ids, dtype=np.int64), return_counts=True)
+    counts[tokens] = 2 * np.minimum(times, MAX_COUNT)
     counts[np.asarray(prompt_token_ids, dtype=np.int64)] |= 1
     return counts
 

@@ -20,11 +20,7 @@ from torch import Tensor
 
 from mini_infer.kernels.common import next_power_of_2, register_op
 
-FIELDS = (
-    "seq_len",
-    "active",
-    "top_k",
-    "count_row",
+SAMPLING_FLOATS = (
     "temperature",
     "top_p",
     "min_p",
@@ -32,6 +28,7 @@ FIELDS = (
     "presence_penalty",
     "frequency_penalty",
 )
+FIELDS = ("seq_len", "active", "top_k", "count_row", *SAMPLING_FLOATS)
 HEADER = 16
 FIRST_FIELD = 3
 SEED = 14

@@ -18,9 +18,8 @@ seeds: [rows] int64; positions: [rows] int32 or int64 -> token ids [rows] int64,
 (or +inf, or nothing but -inf) gives logprob NaN and some token of the vocabulary. Padded rows are ordinary rows.
 
 On the GPU nothing is sorted. The vocabulary is cut into chunks of which one program each takes max, argmax, sum of
-exponentials and weight, and the maxima of groups of 32 tokens; a second kernel combines the chunks in a fixed order.
-The first one applies the penalties beside. How many times
-a row's logits are read:
+exponentials and weight, and the maxima of groups of 32 tokens, after penalties; a second kernel combines the chunks in
+a fixed order. How many times a row's logits are read:
 
     greedy       once
     no cuts      once, and the chunk of 2048 tokens that is drawn

@@ -69,8 +69,8 @@ def launch_skinny_linear(
     """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma).
 
     A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. For this all
-    but gemv and dot need the `squares` of the rows, [parts, rows] float32: parts of their sums, as `launch_add_linear`
-    leaves them.
+    but gemv and dot, which do not look at them, need the `squares` of the rows, [parts, rows] float32: parts of their
+    sums, as `launch_add_linear` leaves them.
 
     Raises:
         ValueError: the tile does not do such a product.
@@ -82,7 +82,7 @@ def launch_skinny_linear(
     rows = _as_rows(x)
     _check_tile(tile, rows.shape[0], weight, gated)
     if tile.norms:
-        _check_norm(tile, rows, bias, eps, squares)
+        _check_norm(tile, rows, bias, squares)
     if tile.is_library:
         both = _by_library(rows, weight, bias, halves=tile.kind == "halves")
         if tile.norms and squares is not None:
@@ -136,17 +136,15 @@ def _check_tile(tile: Tile, m: int, weight: Tensor, gated: bool) -> None:
         raise ValueError(f"{tile} does not do {m} rows of a weight {tuple(weight.shape)}, gated: {gated}")
 
 
-def _check_norm(tile: Tile, rows: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None) -> None:
+def _check_norm(tile: Tile, rows: Tensor, bias: Tensor | None, squares: Tensor | None) -> None:
     m = rows.shape[0]
-    if eps <= 0.0:
-        raise ValueError(f"{tile} norms: eps must be greater than 0, got {eps}")
     if tile.kind == "dot" and m > MAX_NORMED_ROWS:
-        raise ValueError(f"{tile} does not norm {m} rows, {MAX_NORMED_ROWS} at most")
+        raise ValueError(f"{tile}: at most {MAX_NORMED_ROWS} rows, got {m}")
     if tile.is_library and bias is not None:
-        raise ValueError(f"{tile} norms after the product, which must have no bias then")
+        raise ValueError(f"{tile}, after the product, which must have no bias then")
     if tile.needs_squares:
         if squares is None:
-            raise ValueError(f"{tile} norms with the squares of x, and there are none")
+            raise ValueError(f"{tile} with the squares of x, and there are none")
         if squares.dtype != torch.float32 or squares.shape[1:] != (m,) or not squares.is_contiguous():
             raise ValueError(f"squares must be float32 [parts, {m}], got {squares.dtype} {tuple(squares.shape)}")
 
@@ -198,7 +196,11 @@ def _norm_linear_cpu(
     gated: bool,
     tile: Sequence[int],
 ) -> Tensor:
-    return skinny_linear_reference(rmsnorm_reference(x, None, eps), weight, bias, gated)
+    if not Tile.from_ints(tile).needs_squares:
+        return skinny_linear_reference(rmsnorm_reference(x, None, eps), weight, bias, gated)
+    assert squares is not None
+    inv_rms = squares.sum(0).div_(x.shape[-1]).add_(eps).rsqrt_().view(*x.shape[:-1], 1)
+    return skinny_linear_reference((x.float() * inv_rms).to(x.dtype), weight, bias, gated)
 
 
 def _norm_linear_fake(

@@ -38,8 +38,8 @@ class GenerateOutput:
         text: The generated text, without the prompt and without the stop string.
         token_ids: Generated token ids, the end-of-sequence token included.
         finish_reason: "stop", "length", "abort" or "error".
-        cumulative_logprob: Sum of the natural-log probabilities of the generated tokens under the model's own
-            distribution, after penalties (temperature 1, nothing cut).
+        cumulative_logprob: Sum of the natural-log probabilities of the generated tokens under the model's
+            distribution after penalties (temperature 1, nothing cut).
         request_id: The request's id.
         prompt_token_ids: The prompt as the model saw it.
         num_cached_tokens: Prompt tokens that the prefix cache already had.

@@ -159,7 +159,7 @@ class Request:
 
     @property
     def cumulative_logprob(self) -> float:
-        """Sum of the log probabilities of the generated tokens (model's own, temperature 1)."""
+        """Sum of the log probabilities of the generated tokens (after penalties, temperature 1)."""
         return self._logprob if self._table is None else float(self._table.logprobs[self.slot])
 
     @property

@@ -20,8 +20,10 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    Penalties come first, greedy or not. Then the candidate set is cut in this order: temperature, top-k, top-p over
-    what top-k left, min-p. Equal logits share their fate: a tie at the edge of a set is kept whole.
+    Penalties come first, greedy or not. On a GPU a penalized logit is rounded to the model's dtype: in bfloat16 a
+    penalty below about 0.3 % of the logits does nothing. Then the candidate set is cut in this order: temperature,
+    top-k, top-p over what top-k left, min-p. Equal logits share their fate: a tie at the edge of a set is kept
+    whole.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy. Between 0 and 1e6.

@@ -27,7 +27,7 @@ if [ "$mode" = sanitize ]; then
         # Every tensor an allocation of its own, so that what reaches past one is seen.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             python3 -m pytest -m gpu -q -x tests/kernels/test_attention_decode.py tests/kernels/test_attention_prefill.py \
-            tests/kernels/test_linear.py "$@" || status=1
+            tests/kernels/test_linear.py tests/kernels/test_penalties.py "$@" || status=1
         echo "compute-sanitizer $tool: status $status"
     done
     exit $status

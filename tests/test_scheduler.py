@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from collections import deque
@@ -687,7 +688,7 @@ def test_a_stop_token_at_the_length_limit_is_a_stop() -> None:
 
 
 def lines_run_by(function: Callable[[], object]) -> int:
-    """Lines of Python that a call runs through; one in a loop counts once a turn."""
+    """Lines of Python that a call runs through, without the collector's; one in a loop counts once a turn."""
     lines = 0
 
     def count(frame: FrameType, event: str, argument: object) -> Any:
@@ -696,11 +697,13 @@ def lines_run_by(function: Callable[[], object]) -> int:
         return count
 
     before = sys.gettrace()
+    gc.disable()
     sys.settrace(count)
     try:
         function()
     finally:
         sys.settrace(before)
+        gc.enable()
     return lines
 
 

@@ -12,6 +12,7 @@ from mini_infer.kernels.linear import add_linear, can_pack, fold_norm, linear, n
 from mini_infer.kernels.linear_plan import (
     M_BUCKETS,
     MAX_NORMED_ROWS,
+    MOST_PARTS,
     PLANS,
     REDUCED_COLUMNS,
     LinearPlan,
@@ -205,12 +206,9 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_skinny_linear(x, weight, None, GEMV_TILES[0], gated=False)
     with pytest.raises(ValueError, match="gated: True"):
         launch_skinny_linear(x[:1], weight[:31], None, GEMV_TILES[0], gated=True)
-    normed = Tile("dot", 16, 64, 4, norms=True)
-    with pytest.raises(ValueError, match="eps must be greater than 0"):
-        launch_skinny_linear(x, weight, None, normed)
     with pytest.raises(ValueError, match="no tile that norms"):
-        launch_add_linear(torch.zeros(5, 32), x, weight, None, normed)
-    with pytest.raises(ValueError, match="does not norm 33 rows, 32 at most"):
+        launch_add_linear(torch.zeros(5, 32), x, weight, None, Tile("dot", 16, 64, 4, norms=True))
+    with pytest.raises(ValueError, match="at most 32 rows, got 33"):
         launch_skinny_linear(x.repeat(7, 1)[:33], weight, None, Tile("dot", 16, 64, 4, norms=True), eps=EPS)
     with pytest.raises(ValueError, match="share the columns cannot norm"):
         Tile("dot", 16, 64, 2, split_k=2, norms=True)
@@ -441,10 +439,26 @@ def test_plan_on_disk(tmp_path):
             LinearPlan.from_json(text)
 
 
-def test_shipped_plans_can_be_read():
+def test_shipped_plans_can_be_used():
     for path in PLANS.glob("*.json"):
         plan = LinearPlan.from_json(path.read_text())
         assert plan.gpu and plan.measured and LinearPlan.for_gpu(plan.gpu).gpu == plan.gpu
+        for (_, _, role), tiles in plan.measured.items():
+            for m, tile in tiles.items():
+                assert m in M_BUCKETS
+                if tile is not None:
+                    assert m <= {"gemv": 4, "dot": MAX_NORMED_ROWS if tile.norms else 64}.get(tile.kind, m)
+                    assert not tile.norms or role in ("norm", "norm_gate")
+                    assert not tile.is_library or role == "norm_gate"
+
+
+def test_few_parts_or_none(kernel_device, assert_close):
+    """Where a row's squares would come in many parts none are left."""
+    x, weight, _ = make_product(3, 16 * MOST_PARTS + 1, 64, torch.float32, kernel_device, bias=False)
+    for tile in (Tile("dot", 16, 64, 2), Tile("dot", 16, 32, 2, split_k=2)):
+        residual = torch.zeros(3, len(weight), device=kernel_device)
+        assert len(launch_add_linear(residual, x, weight, None, tile)) == (5 if tile.split_k > 1 else 0)
+        assert_close("sum", residual, expected_product(x, weight, None))
 
 
 @pytest.mark.gpu
