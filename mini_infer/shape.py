@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -97,6 +98,7 @@ class Shape:
             "cuda": str(torch.version.cuda),
             "torch": torch.__version__,
             "mini_infer": mini_infer.__version__,
+            "code": code_digest(),
             "block_size": str(config.block_size),
             "max_model_len": str(self.max_model_len),
             "max_num_seqs": str(config.max_num_seqs),
@@ -106,6 +108,15 @@ class Shape:
             "listed": f"decode {config.decode_buckets is not None}, prefill {config.prefill_buckets is not None}",
             "captures": str(self.captures),
         }
+
+
+def code_digest() -> str:
+    """A digest of what a step is made of: the kernels, and the functions that put them together."""
+    digest = hashlib.sha256()
+    for package in ("kernels", "graphs"):
+        for path in sorted((Path(mini_infer.__file__).parent / package).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import mini_infer
 from mini_infer import EngineConfig, LLMEngine
 from mini_infer.exceptions import ConfigError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import read_model_files
-from mini_infer.shape import Shape, choose_device, choose_dtype, choose_max_model_len
+from mini_infer.shape import Shape, choose_device, choose_dtype, choose_max_model_len, code_digest
 from tests.tiny_models import MAX_POSITIONS, make_tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -92,6 +94,19 @@ def test_sizes(folder: Path) -> None:
     assert default.decode_sizes[:16] == tuple(range(1, 17))
     assert default.decode_sizes[-1] == 40
     assert default.prefill_sizes[-1] == default.max_prefill_tokens == 100
+
+
+def test_code_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other kernels, or other functions around them: what was measured with the old ones counts no more."""
+    for package in ("kernels", "graphs"):
+        shutil.copytree(Path(mini_infer.__file__).parent / package, tmp_path / package)
+    before = code_digest()
+    monkeypatch.setattr(mini_infer, "__file__", str(tmp_path / "__init__.py"))
+    assert code_digest() == before
+    for name in ("kernels/norm.py", "graphs/steps.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
+        assert code_digest() != before
+        before = code_digest()
 
 
 def test_key_of_the_plan(folder: Path) -> None:
