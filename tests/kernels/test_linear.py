@@ -13,12 +13,9 @@ from mini_infer.kernels.linear_plan import (
     M_BUCKETS,
     MAX_NORMED_ROWS,
     MOST_PARTS,
-    PLANS,
     REDUCED_COLUMNS,
     LinearPlan,
     Tile,
-    default_tile,
-    pick,
     square_parts,
 )
 from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
@@ -393,63 +390,6 @@ def test_cpu_weights_get_no_tiles():
     assert with_tiles(weight, LinearPlan(), "add") is weight
     packed = pack_linear(weight)
     assert with_tiles(packed, LinearPlan(), "add") is packed
-
-
-def test_pick_rounds_rows_up():
-    tiles = tuple(Tile("dot", 16, 16 << i, 2) if i != 3 else None for i in range(len(M_BUCKETS)))
-    chosen = {m: pick(tiles, m) for m in (1, 2, 3, 5, 8, 9, 64, 257)}
-    assert chosen == dict(zip(chosen, [*tiles[:3], None, None, tiles[4], tiles[6], None], strict=True))
-    assert pick((), 1) is None
-
-
-def test_default_tiles_are_valid():
-    """For every shape a tile that the kernels take."""
-    for m in M_BUCKETS:
-        for n in (2, 100, 1024, 151936):
-            for k in (1, 64, 100, 4096, 14336, 53248):
-                for role in ("plain", "norm", "norm_gate", "add"):
-                    for element_size in (2, 4):
-                        tile = default_tile(m, n, k, role, element_size)
-                        if tile is None:
-                            continue
-                        assert m <= (4 if tile.kind == "gemv" else 64)
-                        assert tile.block_n >= (2 if role == "norm_gate" else 1)
-                        assert not tile.norms or role in ("norm", "norm_gate")
-                        assert Tile.from_ints(tile.to_ints()) == tile
-
-
-def test_plan_on_disk(tmp_path):
-    tile = Tile("dot", 64, 128, 4, 3, split_k=2)
-    plan = LinearPlan(
-        "Some GPU", "bfloat16", {(96, 64, "add"): {1: None, 16: tile}, (96, 64, "norm"): {1: GEMV_TILES[0]}}
-    )
-    (tmp_path / "some.json").write_text(plan.to_json())
-    (tmp_path / "other.json").write_text(LinearPlan("Other GPU").to_json())
-    loaded = LinearPlan.for_gpu("Some GPU", tmp_path)
-    assert loaded == plan
-    assert LinearPlan.for_gpu("Unknown GPU", tmp_path) == LinearPlan()
-    assert loaded.choose(1, 96, 64, "add") is None
-    assert loaded.choose(9, 96, 64, "add") == tile
-    assert loaded.choose(1, 96, 64, "norm") == GEMV_TILES[0]
-    assert loaded.choose(65, 96, 64, "add") is None
-    assert loaded.choose(2, 96, 64, "add") == default_tile(2, 96, 64, "add", 2)
-    assert loaded.choose(1, 96, 64, "add", element_size=4) == default_tile(1, 96, 64, "add", 4)
-    for text in ("{}", "[", '{"gpu": "", "dtype": "", "shapes": [{"n": 1, "k": 1, "role": "?", "tiles": {}}]}'):
-        with pytest.raises(ValueError, match="no plan of linear layers"):
-            LinearPlan.from_json(text)
-
-
-def test_shipped_plans_can_be_used():
-    for path in PLANS.glob("*.json"):
-        plan = LinearPlan.from_json(path.read_text())
-        assert plan.gpu and plan.measured and LinearPlan.for_gpu(plan.gpu).gpu == plan.gpu
-        for (_, _, role), tiles in plan.measured.items():
-            for m, tile in tiles.items():
-                assert m in M_BUCKETS
-                if tile is not None:
-                    assert m <= {"gemv": 4, "dot": MAX_NORMED_ROWS if tile.norms else 64}.get(tile.kind, m)
-                    assert not tile.norms or role in ("norm", "norm_gate")
-                    assert not tile.is_library or role == "norm_gate"
 
 
 def test_few_parts_or_none(kernel_device, assert_close):
