@@ -55,9 +55,11 @@ class Tile:
         split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
         norms: Whether each program norms the rows of x for itself, where they are to be normed; else a kernel of its
             own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; the others need the sums of
-            squares that the product before left (`square_parts`), and after cuBLAS the activation's kernel norms. Not
-            with ``split_k``.
+            squares that the product before left (``leaves``), and after cuBLAS the activation's kernel norms. Not with
+            ``split_k``.
         block_m: Rows of x of a program; "tma" only.
+        leaves: Whether it leaves the sums of squares of the rows that it added to, for a product that norms with them;
+            "dot" and "tma" only.
     """
 
     kind: Kind
@@ -68,10 +70,13 @@ class Tile:
     split_k: int = 1
     norms: bool = False
     block_m: int = 0
+    leaves: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
+        if self.leaves and (self.norms or self.kind not in ("dot", "tma")):
+            raise ValueError(f"only a dot or tma tile that does not norm leaves squares, got {self}")
         if self.is_library:
             return
         least = {"gemv": 1, "dot": 16, "tma": 64}[self.kind]
@@ -99,29 +104,26 @@ class Tile:
         """The tile as the ops take it."""
         kind = _KINDS.index(self.kind)
         sizes = [self.block_n, self.block_k, self.num_warps, self.num_stages, self.split_k]
-        return [kind, *sizes, int(self.norms), self.block_m]
+        return [kind, *sizes, int(self.norms), self.block_m, int(self.leaves)]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Tile:
         """The inverse of `to_ints`."""
-        kind, block_n, block_k, num_warps, num_stages, split_k, norms, block_m = ints
-        return cls(_KINDS[kind], block_n, block_k, num_warps, num_stages, split_k, bool(norms), block_m)
+        kind, n, k, warps, stages, split_k, norms, m, leaves = ints
+        return cls(_KINDS[kind], n, k, warps, stages, split_k, bool(norms), m, bool(leaves))
 
     def __str__(self) -> str:
         if self.is_library:
             return f"cuBLAS {self.kind}{' norms' if self.norms else ''}"
         rows = f"{self.block_m}x" if self.kind == "tma" else ""
         text = f"{self.kind} {rows}{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
-        if self.norms:
-            text += " norms"
+        text += " norms" * self.norms + " leaves squares" * self.leaves
         return text if self.split_k == 1 else f"{text} k/{self.split_k}"
 
 
 def square_parts(tile: Tile, n: int) -> int:
     """In how many parts a tile leaves the sums of squares of the n columns that it added to; 0: it leaves none."""
-    if tile.kind not in ("dot", "tma"):
-        return 0
-    parts = -(-n // (REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n))
+    parts = -(-n // (REDUCED_COLUMNS if tile.split_k > 1 else tile.block_n)) if tile.leaves else 0
     return parts if parts <= MOST_PARTS else 0
 
 

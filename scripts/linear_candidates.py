@@ -145,6 +145,8 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
             tile for tile in tiles if tile.split_k == 1 and (tile.kind != "dot" or problem.m <= MAX_NORMED_ROWS)
         ]
         tiles += [replace(tile, norms=True) for tile in can_norm]
+    if problem.role == "add":
+        return [leaving(tile) for tile in tiles]
     if problem.gated:
         tiles.append(Tile("whole", norms=True))
         if problem.m > MAX_DOT_ROWS:
@@ -156,6 +158,11 @@ Timing: TypeAlias = tuple[float, Tile | None]
 """Microseconds, and the tile that took them; None for cuBLAS."""
 
 
+def leaving(tile: Tile) -> Tile:
+    """The tile as it is measured where it adds: with squares left, where it can leave them."""
+    return replace(tile, leaves=tile.kind in ("dot", "tma"))
+
+
 def cost(timing: Timing) -> float:
     """Microseconds as they are compared: a tile must be worth it."""
     us, tile = timing
@@ -165,13 +172,17 @@ def cost(timing: Timing) -> float:
 def choose(timings: dict[Problem, list[Timing]]) -> dict[Problem, Tile | None]:
     """The tiles to use, a product that norms together with the one whose sums it norms."""
     by_name = {(problem.name, problem.m): problem for problem in timings}
-    chosen = {problem: min(each, key=cost)[1] for problem, each in timings.items()}
+    alone: Timing = 0.0, None  # what makes the rows of a product whose partner was not measured: it leaves no squares
+    chosen = {p: min(each, key=lambda timing: pair_cost(0, alone, timing))[1] for p, each in timings.items()}
     for (name, m), normed in by_name.items():
         model, _, shape = name.partition(" ")
         added = by_name.get((f"{model} {PAIRS.get(shape)}", m))
         if added is not None:
             pairs = itertools.product(timings[added], timings[normed])
-            (_, chosen[added]), (_, chosen[normed]) = min(pairs, key=lambda pair: pair_cost(added.n, *pair))
+            (_, adds), (_, norms) = min(pairs, key=lambda pair: pair_cost(added.n, *pair))
+            wanted = norms is not None and norms.needs_squares
+            chosen[added] = adds if adds is None else replace(adds, leaves=adds.leaves and wanted)
+            chosen[normed] = norms
     return chosen
 
 

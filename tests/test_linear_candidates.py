@@ -1,5 +1,6 @@
 """What the tuner of the matrix products measures, and how it chooses."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,10 +28,12 @@ def test_candidates_can_do_their_product(model: str, m: int) -> None:
             assert m <= {"gemv": MAX_GEMV_ROWS, "dot": MAX_DOT_ROWS}.get(tile.kind, m)
             assert not (tile.norms and tile.kind == "dot") or m <= MAX_NORMED_ROWS
             assert not tile.is_library or each.gated
+            assert tile.leaves == (each.role == "add" and tile.kind in ("dot", "tma"))
             assert tile.is_library or tile.block_n >= (2 if each.gated else 1)
 
 
-ADDS, NORMS = Tile("tma", 64, 128, 4, block_m=64), Tile("tma", 128, 128, 4, block_m=64, norms=True)
+ADDS, NORMS = Tile("tma", 64, 128, 4, block_m=64, leaves=True), Tile("tma", 128, 128, 4, block_m=64, norms=True)
+UNREAD = replace(ADDS, leaves=False)
 ALONE = Tile("dot", 32, 256, 2, norms=True)
 
 
@@ -42,6 +45,7 @@ ALONE = Tile("dot", 32, 256, 2, norms=True)
         ([(10.0, None), (15.0, ADDS)], [(20.0, None), (15.0, NORMS)], (None, NORMS)),  # even with a kernel that norms
         ([(10.0, None), (15.0, ADDS)], [(20.0, None), (18.5, ALONE)], (None, ALONE)),  # it needs none
         ([(10.0, None), (9.9, ADDS)], [(20.0, None), (19.9, ALONE)], (None, None)),  # what is hardly faster
+        ([(10.0, None), (9.0, ADDS)], [(20.0, None), (18.5, ALONE)], (UNREAD, ALONE)),  # squares that nobody reads
     ],
 )
 def test_pairs_are_chosen_together(added: Any, normed: Any, expected: Any) -> None:
@@ -49,6 +53,7 @@ def test_pairs_are_chosen_together(added: Any, normed: Any, expected: Any) -> No
     chosen = tuning.choose({o: added, gate_up: normed, qkv: [(5.0, None), (4.0, ALONE)]})
     assert (chosen[o], chosen[gate_up]) == expected
     assert chosen[qkv] == ALONE, "its partner was not measured"
+    assert tuning.choose({qkv: [(5.0, None), (4.0, NORMS)]})[qkv] is None, "and may leave no squares"
     other_rows = problem("8b", "o", 128)
     alone = tuning.choose({other_rows: added})[other_rows]
     assert tuning.choose({other_rows: added, gate_up: normed})[other_rows] == alone, "not of the same row count"

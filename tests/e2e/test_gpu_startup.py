@@ -46,7 +46,8 @@ options = json.loads(sys.argv[1])
 with LLMEngine(EngineConfig(**options)) as engine:
     at_start, used_at_start = dict(counts), used()
     draws = [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
-             SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=1, max_tokens=9, ignore_eos=True)]
+             SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=1, max_tokens=9, ignore_eos=True,
+                            frequency_penalty=0.5)]
     for count, length in ((1, 3), (3, 40), (options["max_num_seqs"] + 3, 7), (2, 100)):
         prompts = [[(7 * row + column) % 300 for column in range(length)] for row in range(count)]
         engine.generate(prompts, sampling_params=[draws[row % 2] for row in range(count)])

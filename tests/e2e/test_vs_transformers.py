@@ -193,8 +193,8 @@ def test_cumulative_logprob(llama: Case) -> None:
 
 def test_squares_reach_the_product_that_norms(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles that norm by the squares which the products before left, in place of kernels that norm."""
-    leaves = Tile("tma", 64, 32, 4, block_m=16)
-    norms = replace(leaves, norms=True)
+    leaves = Tile("tma", 64, 32, 4, block_m=16, leaves=True)
+    norms = Tile("tma", 64, 32, 4, block_m=16, norms=True)
 
     def planned(params: Params) -> Params:
         layers = [

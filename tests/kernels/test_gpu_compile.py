@@ -12,6 +12,7 @@ import pytest
 import torch
 
 CODE = """
+import dataclasses
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -67,11 +68,15 @@ for gated in (False, True):
     skinny_linear.launch_skinny_linear(h, w, None, Tile("dot", 16, 64, 2, 3, norms=True), gated=gated, eps=1e-6)
 for tile in (Tile("gemv", 2, 64, 4, 3), Tile("dot", 16, 64, 2, 3), Tile("dot", 16, 64, 2, 3, split_k=2)):
     skinny_linear.launch_add_linear(r, h, w, w[:, 0].contiguous(), tile)
+    if tile.kind == "dot":
+        skinny_linear.launch_add_linear(r, h, w, None, dataclasses.replace(tile, leaves=True))
 h = torch.randn(40, 256).bfloat16()
 for tile in (Tile("tma", 128, 64, 4, 3, block_m=16), Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2)):
     for gated in (False, True):
         skinny_linear.launch_skinny_linear(h, w, None, tile, gated=gated)
-    skinny_linear.launch_add_linear(torch.randn(40, 64).bfloat16(), h, w, None, tile)
+    for leaves in (False, True):
+        tile = dataclasses.replace(tile, leaves=leaves)
+        skinny_linear.launch_add_linear(torch.randn(40, 64).bfloat16(), h, w, None, tile)
 for gated in (False, True):
     tile = Tile("tma", 128, 64, 4, 3, block_m=64, norms=True)
     skinny_linear.launch_skinny_linear(h, w, None, tile, gated=gated, eps=1e-6, squares=torch.ones(4, 40))

@@ -152,6 +152,7 @@ def test_tiles_norm_their_input(kernel_device, assert_close, tile, gated, dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tile", GEMV_TILES + DOT_TILES + TMA_TILES, ids=str)
 def test_tiles_add_to_a_residual(kernel_device, assert_close, tile, dtype):
+    tile = dataclasses.replace(tile, leaves=tile.kind != "gemv")
     for m, n, k, bias in odd_cases(tile):
         product = make_product(m, n, k, dtype, kernel_device, bias)
         residual = torch.randn(m, n, device=kernel_device).to(dtype)
@@ -207,6 +208,9 @@ def test_tiles_refuse_what_they_cannot_do():
         launch_add_linear(torch.zeros(5, 32), x, weight, None, Tile("dot", 16, 64, 4, norms=True))
     with pytest.raises(ValueError, match="at most 32 rows, got 33"):
         launch_skinny_linear(x.repeat(7, 1)[:33], weight, None, Tile("dot", 16, 64, 4, norms=True), eps=EPS)
+    for tile, changes in ((GEMV_TILES[0], {}), (TMA_TILES[0], {"norms": True}), (Tile("whole"), {})):
+        with pytest.raises(ValueError, match="leaves squares"):
+            dataclasses.replace(tile, leaves=True, **changes)
     with pytest.raises(ValueError, match="share the columns cannot norm"):
         Tile("dot", 16, 64, 2, split_k=2, norms=True)
     normed = Tile("tma", 64, 64, 4, block_m=16, norms=True)
@@ -351,7 +355,8 @@ def test_squares_go_from_product_to_product(assert_close):
     plain = Tile("tma", 64, 64, 4, block_m=16)
     tiled = {
         norms: dataclasses.replace(
-            LinearWeight.from_tensors(weight), tiles=(dataclasses.replace(plain, norms=norms),) * len(M_BUCKETS)
+            LinearWeight.from_tensors(weight),
+            tiles=(dataclasses.replace(plain, norms=norms, leaves=not norms),) * len(M_BUCKETS),
         )
         for norms in (False, True)
     }
@@ -395,7 +400,7 @@ def test_cpu_weights_get_no_tiles():
 def test_few_parts_or_none(kernel_device, assert_close):
     """Where a row's squares would come in many parts none are left."""
     x, weight, _ = make_product(3, 16 * MOST_PARTS + 1, 64, torch.float32, kernel_device, bias=False)
-    for tile in (Tile("dot", 16, 64, 2), Tile("dot", 16, 32, 2, split_k=2)):
+    for tile in (Tile("dot", 16, 64, 2, leaves=True), Tile("dot", 16, 32, 2, split_k=2, leaves=True)):
         residual = torch.zeros(3, len(weight), device=kernel_device)
         assert len(launch_add_linear(residual, x, weight, None, tile)) == (5 if tile.split_k > 1 else 0)
         assert_close("sum", residual, expected_product(x, weight, None))
@@ -483,14 +488,16 @@ def test_a_chain_of_dependent_launches(m, tiles):
     hidden = torch.empty_like(start)
 
     def layer(weight, squares, synchronise):
-        if tiles[0].norms and (squares is not None or tiles[0].kind != "tma"):
+        if tiles[0].norms and (squares is not None or not tiles[0].needs_squares):
             product = launch_skinny_linear(hidden, weight[0], None, tiles[0], eps=EPS, squares=squares)
         else:
             normed = rmsnorm(hidden, None, EPS)
             synchronise()
             product = launch_skinny_linear(normed, weight[0], None, dataclasses.replace(tiles[0], norms=False))
         synchronise()
-        squares = launch_add_linear(hidden, product, weight[1], None, tiles[1])
+        squares = launch_add_linear(
+            hidden, product, weight[1], None, dataclasses.replace(tiles[1], leaves=tiles[0].needs_squares)
+        )
         synchronise()
         return squares
 
