@@ -177,8 +177,8 @@ def add_linear(residual: Tensor, x: Tensor, weight: LinearWeight) -> Tensor | No
         weight: The projection, packed or not.
 
     Returns:
-        [parts, rows] float32, parts of the sums of the squares of the residual's rows, for the product that norms them;
-        None where the library did the product.
+        [parts, rows] float32, parts of the sums of the squares of the residual's rows, for a product that norms with
+        them; None where the kernel leaves none.
     """
     _check_width(x, weight)
     if residual.shape != (*x.shape[:-1], weight.out_features):

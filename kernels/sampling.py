@@ -83,7 +83,7 @@ def _chunk_stats_kernel(
 ):
     release(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)  # nobody writes it during a step, nor the next
+    temperature = tl.load(temperature_ptr + row)  # no kernel of a step writes it, nor what comes next
     if PENALTIES:
         count_row = tl.load(count_row_ptr + row)
     wait(DEPENDENT)

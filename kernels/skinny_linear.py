@@ -75,10 +75,9 @@ def launch_skinny_linear(
     Raises:
         ValueError: the tile does not do such a product.
     """
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    shape = (*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
+    if x.numel() == 0:
+        return x.new_empty(shape)
     rows = _as_rows(x)
     _check_tile(tile, rows.shape[0], weight, gated)
     if tile.norms:
@@ -86,8 +85,9 @@ def launch_skinny_linear(
     if tile.is_library:
         both = _by_library(rows, weight, bias, halves=tile.kind == "halves")
         if tile.norms and squares is not None:
-            return normed_silu_and_mul(both, squares, weight.shape[1], eps).view(out.shape)
-        return silu_and_mul(both).view(out.shape)
+            return normed_silu_and_mul(both, squares, weight.shape[1], eps).view(shape)
+        return silu_and_mul(both).view(shape)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
     if tile.kind == "gemv":
         launch_gemv(rows, weight, bias, tile, gated, eps, out, add=False)
     elif tile.kind == "dot":
