@@ -37,9 +37,7 @@ workers=()
 if python3 -c 'import xdist' 2>/dev/null; then
     workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 fi
-# Engines of other tests would take the memory that the start-up tests measure: those run by themselves.
-alone=tests/e2e/test_gpu_startup.py
-python3 -m pytest -m gpu -q --durations=5 "${workers[@]}" --ignore "$alone" "$@" && python3 -m pytest -m gpu -q "$alone"
+python3 -m pytest -m "gpu and not alone" -q --durations=5 "${workers[@]}" "$@" && python3 -m pytest -m "gpu and alone" -q
 status=$?
 echo "gpu tests: exit $status"
 if [ "$mode" = quick ] || [ $status -ne 0 ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -26,6 +27,8 @@ SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
 }
 WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
 PAIRS = {"gate_up": "o", "qkv": "down"}  # whose rows a product norms
+CONTENDERS = 4  # of a product, the fastest by themselves, are tried in whole steps
+GAIN = 0.997  # another choice is taken if the step takes less than this part of its time
 NORM_US = 2.0  # about what a kernel that norms adds, where a tile lacks the squares to do without
 
 
@@ -157,6 +160,9 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
 Timing: TypeAlias = tuple[float, Tile | None]
 """Microseconds, and the tile that took them; None for cuBLAS."""
 
+Choice: TypeAlias = dict[str, Tile | None]
+"""The kernel of each product of a model, at one row count."""
+
 
 def leaving(tile: Tile) -> Tile:
     """The tile as it is measured where it adds: with squares left, where it can leave them."""
@@ -191,3 +197,38 @@ def pair_cost(n: int, added: Timing, normed: Timing) -> float:
     needs = normed[1] is not None and normed[1].needs_squares
     lacks = added[1] is None or not square_parts(added[1], n)
     return cost(added) + cost(normed) + (NORM_US if needs and lacks else 0.0)
+
+
+def variations(chosen: Choice, timings: Mapping[str, Sequence[Timing]], name: str) -> list[Choice]:
+    """Choices for one model and row count that differ from the chosen one in the kernel of one product, and of the one
+    whose rows it norms as far as squares are left or not.
+
+    Args:
+        chosen: The kernel of each product.
+        timings: Of each product by itself.
+        name: Which one to vary: its fastest kernels, and cuBLAS.
+    """
+    readers = {added: normed for normed, added in PAIRS.items()}
+    fastest = [tile for _, tile in sorted(timings[name], key=cost)[:CONTENDERS]]
+    varied: list[Choice] = []
+    for tile in dict.fromkeys([*fastest, None]):
+        choice = {**chosen, name: tile}
+        if name in PAIRS:
+            added = PAIRS[name]
+            choice[added] = _adding(chosen[added], timings[added], tile is not None and tile.needs_squares)
+        elif name in readers and tile is not None:
+            reader = chosen[readers[name]]
+            choice[name] = replace(tile, leaves=tile.leaves and reader is not None and reader.needs_squares)
+        if choice != chosen and choice not in varied:
+            varied.append(choice)
+    return varied
+
+
+def _adding(tile: Tile | None, timings: Sequence[Timing], leaves: bool) -> Tile | None:
+    """The kernel of a product that adds, with squares left or not; if it cannot leave them, the fastest that can."""
+    if not leaves:
+        return tile if tile is None else replace(tile, leaves=False)
+    if tile is None or tile.kind not in ("dot", "tma"):
+        able = [timing for timing in timings if timing[1] is not None and timing[1].leaves]
+        return min(able, key=cost)[1] if able else tile
+    return replace(tile, leaves=True)

@@ -6,8 +6,12 @@
 Every candidate runs as in a decode step: with the norm, the gate or the residual of its role, captured in a CUDA graph,
 its weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
 cuBLAS and the kernels beside it before it is timed. The kernels are compiled first, in one process per core, into
-Triton's cache. Two products of which one may leave the squares that the other norms with are chosen together. The plan
-is written after each model, and an earlier one keeps the entries that are not measured again.
+Triton's cache. Two products of which one may leave the squares that the other norms with are chosen together.
+
+What is best by itself need not be in a step, where kernels overlap with their neighbours and the GPU may lower its
+clock to stay within its power. So each choice is the start of a search in whole steps of the model, with random
+weights: one product after another tries its fastest kernels there. The plan is written after each model, and an earlier
+one keeps the entries that are not measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from linear_candidates import SHAPES, Problem, Timing, candidates, choose
+from decode_trials import DecodeTrials
+from linear_candidates import GAIN, SHAPES, Choice, Problem, Timing, candidates, choose, variations
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -37,6 +42,8 @@ from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_li
 
 COLD_BYTES = 512 << 20  # eight times the 60 MB L2 of an H200: what an unusual replacement keeps is little too
 REPLAYS = 9
+MODELS = {"8b": "llama-3.1-8b", "0.6b": "qwen3-0.6b"}  # whose steps the shapes are of
+SEARCH_ORDER = ("gate_up", "o", "qkv", "down", "head")
 EPS = 1e-6
 TOLERANCE = 1e-2
 
@@ -199,6 +206,49 @@ def tune(problem: Problem, weights: Tensor, tiles: Iterable[Tile], stream: torch
     return timings
 
 
+def search(
+    model: str, timings: dict[Problem, list[Timing]], chosen: dict[Problem, Tile | None]
+) -> dict[Problem, Tile | None]:
+    """Better choices, if there are any, by the time of whole decode steps; all products of a model are there."""
+    torch.cuda.empty_cache()
+    by_rows: dict[int, dict[str, Problem]] = {}
+    for problem in timings:
+        by_rows.setdefault(problem.m, {})[problem.name.split()[1]] = problem
+    starts = {m: {name: chosen[problem] for name, problem in problems.items()} for m, problems in by_rows.items()}
+    alone = {m: {name: timings[problem] for name, problem in problems.items()} for m, problems in by_rows.items()}
+    trials = DecodeTrials(model, max(by_rows))
+    trials.compile(
+        [(m, choice) for m in by_rows for name in SEARCH_ORDER for choice in variations(starts[m], alone[m], name)]
+    )
+    print(f"\nsteps of {model}")
+    found = {}
+    for m, problems in by_rows.items():
+        best, lines = search_rows(trials, m, starts[m], alone[m])
+        print("\n".join(lines), flush=True)
+        found.update({problem: best[name] for name, problem in problems.items()})
+    return found
+
+
+def search_rows(
+    trials: DecodeTrials, rows: int, chosen: Choice, timings: dict[str, list[Timing]]
+) -> tuple[Choice, list[str]]:
+    """The best choice for steps of so many rows, product by product, and what to print about it."""
+    lines = []
+    for name in SEARCH_ORDER:
+        choices = [chosen, *variations(chosen, timings, name)]
+        times = trials.measure(rows, choices)
+        best = min(range(len(times)), key=times.__getitem__)
+        if not lines:
+            lines.append(f"{rows:>4} rows {times[0]:8.3f} ms")
+        if times[best] < GAIN * times[0]:
+            changed = ", ".join(
+                f"{key} {choices[best][key] or 'cuBLAS'}" for key in chosen if choices[best][key] != chosen[key]
+            )
+            lines.append(f"{'':>9} {times[best]:8.3f} ms of {times[0]:.3f} with {changed}")
+            chosen = choices[best]
+    return chosen, lines
+
+
 def describe(problem: Problem, timings: list[Timing]) -> str:
     """A line of the table: the best by itself."""
     (library_us, _), *_ = timings
@@ -246,8 +296,12 @@ def main() -> None:
                 for us, tile in sorted(timings[problem], key=lambda timing: timing[0]):
                     print(f"    {problem.name:<14}{problem.m:>3}  {tile or 'cuBLAS'!s:<32}{us:>9.2f} us")
             print(describe(problem, timings[problem]), flush=True)
+        chosen = choose(timings)
+        if not arguments.alone:
+            weights, shape = torch.empty(0), (0, 0)
+            chosen = search(MODELS[model], timings, chosen)
         print(f"\nchosen for {model}")
-        for problem, tile in choose(timings).items():
+        for problem, tile in chosen.items():
             measured.setdefault((problem.n, problem.k, problem.role), {})[problem.m] = tile
             print(f"{problem.name:<14}{problem.m:>4}  {tile or 'cuBLAS'}")
         arguments.out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
@@ -262,8 +316,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="only these, such as qkv or gate_up")
     parser.add_argument("--m", nargs="+", type=int, choices=M_BUCKETS, default=list(M_BUCKETS), help="row counts")
     parser.add_argument("--quick", action="store_true", help="four candidates for each product")
+    parser.add_argument("--alone", action="store_true", help="choose without whole steps; implied by --shapes")
     parser.add_argument("--all", action="store_true", help="print every candidate's time")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.alone |= bool(arguments.shapes)
+    return arguments
 
 
 if __name__ == "__main__":

@@ -57,3 +57,37 @@ def test_pairs_are_chosen_together(added: Any, normed: Any, expected: Any) -> No
     other_rows = problem("8b", "o", 128)
     alone = tuning.choose({other_rows: added})[other_rows]
     assert tuning.choose({other_rows: added, gate_up: normed})[other_rows] == alone, "not of the same row count"
+
+
+def test_variations_of_a_product_that_norms() -> None:
+    """Its fastest kernels and cuBLAS, each once; the product before it leaves squares for those that need them."""
+    timings: dict[str, Any] = {
+        "gate_up": [(20.0, None), (18.0, NORMS), (19.0, ALONE)],
+        "o": [(10.0, None), (11.0, ADDS)],
+    }
+    chosen: tuning.Choice = {"gate_up": None, "o": None, "head": ALONE}
+    assert tuning.variations(chosen, timings, "gate_up") == [
+        {**chosen, "gate_up": NORMS, "o": ADDS},  # cuBLAS leaves none, so the fastest that does
+        {**chosen, "gate_up": ALONE},
+    ]
+    chosen = {"gate_up": NORMS, "o": ADDS}
+    assert tuning.variations(chosen, timings, "gate_up") == [
+        {"gate_up": ALONE, "o": UNREAD},
+        {"gate_up": None, "o": UNREAD},
+    ]
+
+
+def test_variations_of_a_product_that_adds() -> None:
+    """It leaves squares if they are read."""
+    timings: dict[str, Any] = {"o": [(10.0, None), (9.0, ADDS)], "head": [(5.0, None)]}
+    assert tuning.variations({"gate_up": NORMS, "o": None}, timings, "o") == [{"gate_up": NORMS, "o": ADDS}]
+    assert tuning.variations({"gate_up": ALONE, "o": None}, timings, "o") == [{"gate_up": ALONE, "o": UNREAD}]
+    assert tuning.variations({"gate_up": None, "o": UNREAD}, timings, "o") == [{"gate_up": None, "o": None}]
+    assert tuning.variations({"head": None}, timings, "head") == []
+
+
+def test_only_the_fastest_are_tried() -> None:
+    tiles = [Tile("dot", 16 << index, 256, 2) for index in range(7)]
+    timings: dict[str, Any] = {"head": [(9.0, None), *((10.0 + index, tile) for index, tile in enumerate(tiles))]}
+    varied = tuning.variations({"head": tiles[6]}, timings, "head")
+    assert [choice["head"] for choice in varied] == [None, *tiles[: tuning.CONTENDERS - 1]]

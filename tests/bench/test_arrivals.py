@@ -130,7 +130,7 @@ def test_arrivals_are_needed(engine: LLMEngine) -> None:
 @pytest.mark.gpu
 def test_arrivals_on_a_gpu(engine: LLMEngine) -> None:
     """Through captured graphs, with steps in flight."""
-    config: EngineConfig = replace(engine.config, device="cuda")
+    config: EngineConfig = replace(engine.config, device="cuda", num_gpu_blocks=400)
     with LLMEngine(config) as other:
         work = small_work(rate=500.0)
         result, usage = bench_arrivals(other, work)

@@ -13,7 +13,7 @@ import pytest
 
 from mini_infer.bench.workloads import shape_folder
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 ROOT = Path(__file__).parents[2]
 

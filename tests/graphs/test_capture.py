@@ -231,6 +231,7 @@ def test_state_follows_the_edits(weights: Weights) -> None:
             assert r in expected or tokens[r] == 0
 
 
+@pytest.mark.alone
 def test_the_set_knows_its_graphs(weights: Weights) -> None:
     """Sizes by kind, a record for each in the order of capture, and the bytes of all; what is dropped is gone."""
     runner = bare_runner(weights)
@@ -253,6 +254,7 @@ def test_the_set_knows_its_graphs(weights: Weights) -> None:
         graphs.prefill((), 32)
 
 
+@pytest.mark.alone
 def test_the_pool_is_shared(weights: Weights) -> None:
     """The largest step's graph brings the memory; the smaller ones of its kind add their own nodes and little else."""
     ledger = capture(bare_runner(weights)).ledger
