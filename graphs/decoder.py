@@ -63,7 +63,6 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
             rows.block_tables,
             rows.seq_lens,
             sliding_window=window,
-            arrivals=rows.arrivals,
         )
 
     _layers(spec, params, kv, hidden, positions, slots, attend)

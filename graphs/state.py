@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.kernels.attention_decode import new_arrivals
 from mini_infer.kernels.decode_frame import advance_rows
 from mini_infer.kernels.penalties import NO_COUNTS, Penalties, token_counts_of
 from mini_infer.kernels.row_edit import FIELDS, FIRST_FIELD, HEADER, SAMPLING_FLOATS, SEED, edit_rows
@@ -56,7 +55,6 @@ class DecodeRows:
         block_tables: [rows, max_blocks] int32.
         active: [rows] int32, 1 for a sequence and 0 for padding.
         sampling: How each row draws.
-        arrivals: What `mini_infer.kernels.attention_decode` counts with; no row's.
     """
 
     token_ids: Tensor
@@ -64,7 +62,6 @@ class DecodeRows:
     block_tables: Tensor
     active: Tensor
     sampling: SamplingRows
-    arrivals: Tensor
 
     def advance(self, token_ids: Tensor, logprobs: Tensor) -> Tensor:
         """After a step: the new tokens are at hand, one token longer. Padded rows stay as they are.
@@ -104,7 +101,6 @@ class DecodeState:
         self._fields = torch.zeros((len(FIELDS), max_num_seqs), dtype=torch.int32, device=device)
         self._seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._block_tables = torch.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
-        self._arrivals = new_arrivals(device)
         self._send(list(range(max_num_seqs)))
 
     @property
@@ -124,8 +120,7 @@ class DecodeState:
             self._seeds[:bucket],
             Penalties(repetition, presence, frequency, count_rows, self.token_counts),
         )
-        block_tables = self._block_tables[:bucket]
-        return DecodeRows(self.token_ids[:bucket], seq_lens, block_tables, active, sampling, self._arrivals)
+        return DecodeRows(self.token_ids[:bucket], seq_lens, self._block_tables[:bucket], active, sampling)
 
     def advanced(self, bucket: int) -> None:
         """A decode step over the first ``bucket`` rows was launched: follow it in the mirror."""

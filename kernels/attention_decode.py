@@ -14,12 +14,11 @@ many as the GPU runs at once, takes an equal stretch of it, wherever that begins
 head counts as much as a tile: short rows take more of them.) So no program waits for a long row, none is left over for
 a last wave, and a program's loads run on from one row into the next. A tile holds the whole query group of one KV head;
 a program sums up the tiles of a row with an online softmax (Milakov & Gimelshein 2018). A row that lies within one
-stretch is done then. Of the others each program leaves its part, a normalised sum with its log-sum-exp, and counts its
-arrival; the one that comes last merges the parts, in order, and sets the count back to 0.
+stretch is done then. Of the others each program leaves its part, and a second kernel merges a row's parts
+(`attention_merge`).
 
 The grid depends on shapes only; every program works out its stretch from the lengths in device memory. Where rows are
-cut depends on all lengths, and with it the last bits of a row's result; the same batch gives the same bits, whoever
-merges.
+cut depends on all lengths, and with it the last bits of a row's result; the same batch gives the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -33,12 +32,11 @@ from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.attention_decode_cpu import paged_attention_cpu
+from mini_infer.kernels.attention_merge import merge_parts
 from mini_infer.kernels.common import INTERPRET, check_attention, multiprocessors, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
 
 _LEAST_ROWS = 256  # what programs read the lengths of at once: one kernel serves all smaller batches
-_MOST_PROGRAMS = 4  # on a multiprocessor
-_MERGED_ELEMENTS = 8192  # that a program of 4 warps loads at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr):
         change: Units for the change to another row or head, 0 or 1.
 
     Returns:
-        (row, KV head, tile within it, tiles that it has, tiles of everything before).
+        (row, KV head, tile within it, tiles of everything before).
     """
     row = tl.sum((ends <= at).to(tl.int32), axis=0)
     rows = tl.arange(0, BLOCK_ROWS)
@@ -97,13 +95,7 @@ def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr):
     kv_head = offset // units
     tile = tl.maximum(offset % units - change, 0)
     before = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads
-    return row, kv_head, tile, count, before + kv_head * count + tile
-
-
-@triton.jit
-def _program_of(unit, programs, num_units):
-    """Whose stretch a unit lies in: program p has units p * num_units // programs and on."""
-    return (((unit.to(tl.int64) + 1) * programs - 1) // num_units).to(tl.int32)
+    return row, kv_head, tile, before + kv_head * count + tile
 
 
 @triton.jit
@@ -121,73 +113,16 @@ def _query(at, row, kv_head, stride_seq, stride_head, mask, GROUP: tl.constexpr,
 
 
 @triton.jit
-def _merge(
-    part_ptr,
-    lse_ptr,
-    out_ptr,
-    item,
-    first_program,
-    last_program,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """Add up the parts of an item (row * num_kv_heads + KV head), weighted by their log-sum-exp, in order."""
-    offsets = tl.arange(0, AT_ONCE)[:, None]
-    heads = tl.arange(0, BLOCK_HEADS)
-    dims = tl.arange(0, BLOCK_DIM)
-    highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_HEADS], tl.float32)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    for start in range(first_program, last_program + 1, AT_ONCE):
-        program = start + offsets
-        slot = 2 * program + (program == first_program).to(tl.int32)
-        part = slot * GROUP + heads[None, :]  # [AT_ONCE, BLOCK_HEADS]
-        exists = program <= last_program
-        # Past the L1 cache: other multiprocessors wrote them while this one ran.
-        lse = tl.load(lse_ptr + part, mask=exists & (heads < GROUP)[None, :], other=0.0, cache_modifier=".cg")
-        lse = tl.where(exists, lse, float("-inf"))
-        parts = tl.load(
-            part_ptr + part[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=exists[:, :, None] & mask[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - new_highest[None, :])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, axis=0)
-        acc = acc * rescale[:, None] + tl.sum(parts * weights[:, :, None], axis=0)
-        highest = new_highest
-    out = out_ptr + (item.to(tl.int64) * GROUP + heads[:, None]) * HEAD_DIM + dims[None, :]
-    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _clear_padded_rows(context_len_ptr, out_ptr, num_seqs, row_size, BLOCK: tl.constexpr):
-    """Zeros for every row of length 0, each by one of the programs."""
-    columns = tl.arange(0, BLOCK)
-    for row in range(tl.program_id(0), num_seqs, tl.num_programs(0)):
-        if tl.load(context_len_ptr + row) == 0:
-            for start in range(0, row_size, BLOCK):
-                out = out_ptr + tl.cast(row, tl.int64) * row_size + start + columns
-                tl.store(out, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=start + columns < row_size)
-
-
-@triton.jit
 def _attend_kernel(
     query_ptr,  # [num_seqs, num_heads, HEAD_DIM], strided
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
     value_cache_ptr,  # likewise, with the same strides
     block_table_ptr,  # [num_seqs, max_blocks]
     context_len_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM] contiguous: written for rows that lie within one program's stretch
     part_ptr,  # [programs, 2, GROUP, HEAD_DIM] float32: of a row that others began, and of one left to others
     lse_ptr,  # [programs, 2, GROUP] float32: their log-sum-exp (base 2)
-    arrival_ptr,  # [programs] int32: how many parts there are of the row that a program left to others
+    left_ptr,  # [programs, 2] int32: row * num_kv_heads + KV head of the one left to others, or -1; the last of them
     num_seqs,
     num_kv_heads,
     q_stride_seq,
@@ -202,11 +137,9 @@ def _attend_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,  # GROUP, rounded up to a power of two
     BLOCK_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # at least num_seqs
-    AT_ONCE: tl.constexpr,  # parts that are merged at a time
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -228,20 +161,12 @@ def _attend_kernel(
     programs = tl.maximum(tl.minimum(tl.num_programs(0), num_units), 1)  # those that get something: the first ones
     begin = (program.to(tl.int64) * num_units // programs).to(tl.int32)
     end = ((program.to(tl.int64) + 1) * num_units // programs).to(tl.int32)
-    row, kv_head, tile, count, begin_tile = _locate(begin, counts, ends, change, num_kv_heads, BLOCK_ROWS)
-    end_row, end_head, tile_after, end_count, end_tile = _locate(end, counts, ends, change, num_kv_heads, BLOCK_ROWS)
+    row, kv_head, tile, begin_tile = _locate(begin, counts, ends, change, num_kv_heads, BLOCK_ROWS)
+    _, _, _, end_tile = _locate(end, counts, ends, change, num_kv_heads, BLOCK_ROWS)
     if (program >= programs) | (begin_tile == end_tile):
         wait(DEPENDENT)
-        _clear_padded_rows(context_len_ptr, out_ptr, num_seqs, num_kv_heads * GROUP * HEAD_DIM, BLOCK_HEADS * BLOCK_DIM)
+        tl.store(left_ptr + 2 * program, -1)
         return
-    # Rows that it shares: one that others began, if it does not have the first one's first tile, and one that it begins
-    # and leaves to others, if there is more of it after the stretch. Whoever has its first tile keeps count.
-    others_item = tl.where(tile > 0, row * num_kv_heads + kv_head, -1)
-    others_first = _program_of(begin - tile, programs, num_units)
-    others_last = _program_of(begin + count - tile - 1, programs, num_units)
-    begun_here = (tile_after > 0) & (_program_of(end - tile_after, programs, num_units) == program)
-    own_item = tl.where(begun_here, end_row * num_kv_heads + end_head, -1)
-    own_last = _program_of(end + end_count - tile_after - 1, programs, num_units)
     length = tl.load(context_len_ptr + row).to(tl.int32)
     first = _first_tile(length, SLIDING_WINDOW, BLOCK_N)
     tile += first
@@ -255,10 +180,11 @@ def _attend_kernel(
         prefetch(key_cache_ptr + token[:, None] + line[None, :])
         prefetch(value_cache_ptr + token[:, None] + line[None, :])
     wait(DEPENDENT)
-    _clear_padded_rows(context_len_ptr, out_ptr, num_seqs, num_kv_heads * GROUP * HEAD_DIM, BLOCK_HEADS * BLOCK_DIM)
 
     scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
     own = tile == first  # whether this program has the row's first tile
+    left_item = -1
+    last_program = 0
     highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
@@ -299,6 +225,10 @@ def _attend_kernel(
                 part = (2 * program + own.to(tl.int32)) * GROUP + group
                 tl.store(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], result, mask=group_mask)
                 tl.store(lse_ptr + part, highest + tl.log2(total), mask=group < GROUP)
+                if own:
+                    left_item = row * num_kv_heads + kv_head
+                    last_unit = end + tl.cdiv(length, BLOCK_N) - tile - 2
+                    last_program = (((last_unit.to(tl.int64) + 1) * programs - 1) // num_units).to(tl.int32)
             highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_GROUP], tl.float32)
             acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
@@ -316,38 +246,8 @@ def _attend_kernel(
         length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
         if ends_row & (index + 1 < end_tile):
             query = _query(at, row, kv_head, q_stride_seq, q_stride_head, group_mask, GROUP, UPCAST_DOT)
-
-    tl.debug_barrier()  # every thread's parts are stored before they are counted
-    for shared in range(2):
-        item = tl.where(shared == 0, others_item, own_item)
-        first_program = tl.where(shared == 0, others_first, program)
-        last_program = tl.where(shared == 0, others_last, own_last)
-        if item >= 0:
-            arrived = tl.atomic_add(arrival_ptr + first_program, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                tl.store(arrival_ptr + first_program, 0)
-                _merge(
-                    part_ptr,
-                    lse_ptr,
-                    out_ptr,
-                    item,
-                    first_program,
-                    last_program,
-                    GROUP,
-                    HEAD_DIM,
-                    BLOCK_HEADS,
-                    BLOCK_DIM,
-                    AT_ONCE,
-                )
-
-
-def new_arrivals(device: torch.device) -> Tensor:
-    """What `paged_attention` counts with: zeros before and after each call. Calls that share it must not overlap.
-
-    Returns:
-        [programs] int32.
-    """
-    return torch.zeros(multiprocessors(device) * _MOST_PROGRAMS, dtype=torch.int32, device=device)
+    tl.store(left_ptr + 2 * program, left_item)
+    tl.store(left_ptr + 2 * program + 1, last_program)
 
 
 def _launch_paged_attention(
@@ -358,7 +258,6 @@ def _launch_paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
-    arrivals: Tensor,
     *,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -374,12 +273,10 @@ def _launch_paged_attention(
     config = config or decode_config(head_dim, query.element_size())
     group = num_heads // num_kv_heads
     programs = multiprocessors(query.device) * config.programs
-    if arrivals.shape[0] < programs:
-        raise ValueError(f"arrivals must have {programs} entries or more, got {arrivals.shape[0]}")
     parts = torch.empty((programs, 2, group, head_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((programs, 2, group), dtype=torch.float32, device=query.device)
+    left = torch.empty((programs, 2), dtype=torch.int32, device=query.device)
     block_dim = max(16, next_power_of_2(head_dim))  # tl.dot needs 16 columns
-    block_heads = next_power_of_2(group)
     _attend_kernel[(programs,)](
         query,
         key_cache,
@@ -389,7 +286,7 @@ def _launch_paged_attention(
         out,
         parts,
         lse,
-        arrivals,
+        left,
         num_seqs,
         num_kv_heads,
         query.stride(0),
@@ -403,18 +300,17 @@ def _launch_paged_attention(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        BLOCK_GROUP=max(16, block_heads),  # tl.dot needs 16 rows
-        BLOCK_HEADS=block_heads,
+        BLOCK_GROUP=max(16, next_power_of_2(group)),  # tl.dot needs 16 rows
         BLOCK_DIM=block_dim,
         BLOCK_N=config.block_n,
         BLOCK_ROWS=max(_LEAST_ROWS, next_power_of_2(num_seqs)),
-        AT_ONCE=max(1, _MERGED_ELEMENTS // (block_heads * block_dim)),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dependent_launch.options(),
     )
+    merge_parts(parts, lse, left, context_lens, out, num_kv_heads)
     return out
 
 
@@ -426,30 +322,12 @@ def _paged_attention_fake(
     context_lens: Tensor,
     scale: float,
     sliding_window: int,
-    arrivals: Tensor,
 ) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _paged_attention_cpu(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int,
-    arrivals: Tensor,
-) -> Tensor:
-    return paged_attention_cpu(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
-
-
 _paged_attention_op = register_op(
-    "paged_attention",
-    _paged_attention_fake,
-    cpu=_paged_attention_cpu,
-    cuda=_launch_paged_attention,
-    mutates=("arrivals",),
+    "paged_attention", _paged_attention_fake, cpu=paged_attention_cpu, cuda=_launch_paged_attention
 )
 
 
@@ -462,7 +340,6 @@ def paged_attention(
     *,
     scale: float | None = None,
     sliding_window: int = 0,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence over its paged context.
 
@@ -475,7 +352,6 @@ def paged_attention(
             come after all others, and give zeros.
         scale: Factor on the scores; 1 / sqrt(head_dim) when None.
         sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
-        arrivals: `new_arrivals`, to be used again; None makes one for this call.
 
     Returns:
         [num_seqs, num_heads, head_dim], dtype of query.
@@ -488,9 +364,5 @@ def paged_attention(
         raise ValueError(f"context_lens must be [{query.shape[0]}] (query's rows), got {tuple(context_lens.shape)}")
     if scale is None:
         scale = float(query.shape[2]) ** -0.5
-    if arrivals is None:
-        arrivals = new_arrivals(query.device)
-    out: Tensor = _paged_attention_op(
-        query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, arrivals
-    )
+    out: Tensor = _paged_attention_op(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
     return out

@@ -59,7 +59,6 @@ class DecodeTrials:
         self._kv = KVCache(shape.spec, blocks, config.block_size, shape.dtype, shape.device)
         self._kv.blocks.normal_()
         self._state = DecodeState(max_rows, shape.max_blocks, shape.spec.vocab_size, shape.device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     @torch.inference_mode()
@@ -78,7 +77,8 @@ class DecodeTrials:
             choices: What to compare. The times of the others are those of the first, by the median of the ratios that
                 each round found: the GPU's clock drifts.
         """
-        steps = [self._capture(rows, choice) for choice in choices]
+        pool = torch.cuda.graph_pool_handle()  # it goes with its graphs
+        steps = [self._capture(rows, choice, pool) for choice in choices]
         replays = max(2, min(MOST_REPLAYS - 2, int(ROUND_MS / self._time(steps[0], rows, 4))))
         rounds = [[self._time(step, rows, replays) for step in steps] for _ in range(ROUNDS)]
         first = statistics.median(times[0] for times in rounds)
@@ -87,14 +87,14 @@ class DecodeTrials:
     def _model(self, choice: Choice) -> Model:
         return Model(self._spec, with_choice(self._params, choice), self._kv, self._state)
 
-    def _capture(self, rows: int, choice: Choice) -> Callable[[], None]:
+    def _capture(self, rows: int, choice: Choice, pool: tuple[int, int]) -> Callable[[], None]:
         model = self._model(choice)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             model.few_layers().run_decode(rows)  # whatever is set up on a first call
             torch.cuda.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             model.run_decode(rows)
             graph.capture_end()
         return graph.replay

@@ -31,7 +31,7 @@ import triton
 from torch import Tensor
 from tune_linear import compile_only, first_line, relative_error
 
-from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config, new_arrivals
+from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
 from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
 from mini_infer.kernels.attention_prefill import PrefillConfig, _launch_paged_prefill_attention, prefill_config
 from mini_infer.kernels.attention_prefill_cpu import paged_prefill_attention_reference
@@ -128,7 +128,6 @@ class Batch:
                 used = 0
             self.tables[copy, :, :longest] = ids[used : used + rows * longest].view(rows, longest)  # type: ignore[index]
             used += rows * longest
-        self.arrivals = new_arrivals(torch.device(device))
         self.lens = torch.tensor(shape.lens, dtype=torch.int32, device=device)
         self.starts = torch.tensor([0, *shape.lens], device=device).cumsum(0).to(torch.int32)
         tokens = sum(shape.lens) if shape.prefill else rows
@@ -142,7 +141,7 @@ class Batch:
         scale = HEAD_DIM**-0.5
         if isinstance(config, PrefillConfig):
             return _launch_paged_prefill_attention(*args, self.starts, scale, 0, config=config)
-        return _launch_paged_attention(*args, scale, 0, self.arrivals, config=config)
+        return _launch_paged_attention(*args, scale, 0, config=config)
 
     def expected(self) -> Tensor:
         """What call 0 should give."""

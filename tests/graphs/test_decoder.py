@@ -180,7 +180,7 @@ def test_the_graph_can_be_printed(weights: Weights) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, token_ids: Tensor, seq_lens: Tensor, block_tables: Tensor) -> tuple[Tensor, Tensor]:
-            state = DecodeRows(token_ids, seq_lens, block_tables, rows.active, rows.sampling, rows.arrivals)
+            state = DecodeRows(token_ids, seq_lens, block_tables, rows.active, rows.sampling)
             return decode_step(spec, weights.params, kv, state)
 
     inputs = tuple(tensor.clone() for tensor in (rows.token_ids, rows.seq_lens, rows.block_tables))  # no views

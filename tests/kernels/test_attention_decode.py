@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mini_infer.kernels import attention_decode, attention_decode_cpu, paged_attention
-from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config, new_arrivals
+from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
 from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -15,8 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def run(backend, query, cache, scale=None, window=0):
     args = (query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens)
     if backend.name == "interpreter":
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _launch_paged_attention(*args, scale, window, new_arrivals(query.device))
+        return _launch_paged_attention(*args, query.shape[-1] ** -0.5 if scale is None else scale, window)
     return paged_attention(*args, scale=scale, sliding_window=window)
 
 
@@ -101,8 +100,7 @@ def test_row_in_any_batch(backend, make_cache, assert_close):
     ids=lambda lens: f"{len(lens)} rows",
 )
 def test_however_the_work_is_dealt_out(backend, make_cache, assert_close, lens, window, dtype):
-    """One program for all of it, one for each tile, more programs than tiles, stretches that end anywhere. The counts
-    of arrivals are zeros again every time."""
+    """One program for all of it, one for each tile, more programs than tiles, stretches that end anywhere."""
     if backend.name == "cpu":
         pytest.skip("Triton's way to share out the work")
     cache = make_cache(list(lens), 2, 64, 16, dtype, backend.device, max_blocks=20)
@@ -112,26 +110,17 @@ def test_however_the_work_is_dealt_out(backend, make_cache, assert_close, lens, 
     tiles = 2 * sum(-(-length // 16) for length in lens)
     for programs in sorted({1, 3, max(1, tiles - 1), tiles, tiles + 5}):
         config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs=programs)
-        arrivals = torch.zeros(programs, dtype=torch.int32, device=backend.device)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention_decode, "multiprocessors", lambda device: 1)
-            out = _launch_paged_attention(*args, arrivals, config=config)
+            out = _launch_paged_attention(*args, config=config)
         assert_close(f"{programs} programs", out, expected)
-        assert not arrivals.any()
 
 
 def test_caches_of_different_strides(make_cache):
     cache = make_cache([5], 1, 64, 16, torch.float32, torch.device("cpu"))
     args = cache.key_cache, cache.value_cache.contiguous(), cache.block_tables, cache.context_lens
     with pytest.raises(ValueError, match="same strides"):
-        _launch_paged_attention(torch.randn(1, 2, 64), *args, 0.125, 0, new_arrivals(torch.device("cpu")))
-
-
-def test_too_few_arrivals(make_cache):
-    cache = make_cache([5], 1, 64, 16, torch.float32, torch.device("cpu"))
-    args = cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens, 0.125, 0
-    with pytest.raises(ValueError, match=r"arrivals must have 8 entries or more, got 7"):
-        _launch_paged_attention(torch.randn(1, 2, 64), *args, torch.zeros(7, dtype=torch.int32))
+        _launch_paged_attention(torch.randn(1, 2, 64), *args, 0.125, 0)
 
 
 def test_config():
@@ -220,20 +209,6 @@ def test_reference(make_cache, assert_close):
             window,
         )
         assert_close("out", out, expected_attention(query, cache, window=window))
-
-
-@pytest.mark.gpu
-def test_the_same_bits_whoever_comes_last(make_cache):
-    """Parts are merged in order, by whichever program happens to be the last of a row; one count serves all calls."""
-    lens = [4000, 3000, 2000, 1, 900, 77]
-    cache = make_cache(lens, 4, 128, 16, torch.bfloat16, torch.device("cuda"))
-    query = torch.randn(len(lens), 16, 128, device="cuda").bfloat16()
-    args = query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens
-    arrivals = new_arrivals(query.device)
-    first = paged_attention(*args, arrivals=arrivals)
-    outs = torch.stack([paged_attention(*args, arrivals=arrivals) for _ in range(2000)])
-    assert torch.equal(outs, first.expand_as(outs))
-    assert not arrivals.any()
 
 
 @pytest.mark.gpu

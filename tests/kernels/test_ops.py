@@ -20,7 +20,6 @@ from mini_infer.kernels import (
     silu_and_mul,
     store_kv,
 )
-from mini_infer.kernels.attention_decode import new_arrivals
 from mini_infer.kernels.penalties import Penalties
 
 ROOT = Path(mini_infer.kernels.__file__).resolve().parents[1]
@@ -59,7 +58,7 @@ def op_arguments(device, num_seqs=3, heads=4, kv_heads=2, head_dim=16, vocab=64)
             heads,
             1e-6,
         ),
-        "paged_attention": (q, *caches, tables, lens, 0.25, 0, new_arrivals(torch.device(device))),
+        "paged_attention": (q, *caches, tables, lens, 0.25, 0),
         "paged_prefill_attention": (randn(8, heads, head_dim), *caches, tables, lens, ints([0, 3, 7, 8]), 0.25, 5),
         "silu_and_mul": (randn(num_seqs, 2 * hidden),),
         "sample": (
