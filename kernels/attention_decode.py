@@ -11,7 +11,7 @@ On the GPU: flash-decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/1
 out evenly as stream-K does it for products (Osama et al. 2023, https://arxiv.org/abs/2301.03598). The contexts of all
 rows and KV heads, cut into tiles of `block_n` tokens, form one long list; each of a fixed number of programs, about as
 many as the GPU runs at once, takes an equal stretch of it, wherever that begins and ends. (The change to another row or
-head counts as much as a tile: short rows take more of them.) So no program waits for a long row, none is left over for
+head counts for half a tile: short rows take more of them.) So no program waits for a long row, none is left over for
 a last wave, and a program's loads run on from one row into the next. A tile holds the whole query group of one KV head;
 a program sums up the tiles of a row with an online softmax (Milakov & Gimelshein 2018). A row that lies within one
 stretch is done then. Of the others each program leaves its part, and a second kernel merges a row's parts
@@ -37,6 +37,9 @@ from mini_infer.kernels.common import INTERPRET, check_attention, multiprocessor
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
 
 _LEAST_ROWS = 256  # what programs read the lengths of at once: one kernel serves all smaller batches
+
+
+_TILE_UNITS = 2  # what a tile counts for when the change to another row or head counts for 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +78,54 @@ def _first_tile(length, SLIDING_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr):
-    """Where a unit of the list of all work lies. Each KV head of a row is `change` units, then one for each tile.
+def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr, TILE_UNITS: tl.constexpr):
+    """Where a unit of the list of all work lies. A KV head of a row is `change` units, then TILE_UNITS for each tile.
 
     Args:
         at: The unit; past the last one is the row past the last.
         counts: [BLOCK_ROWS] tiles of a KV head of each row.
         ends: [BLOCK_ROWS] the unit after the row's last.
-        change: Units for the change to another row or head, 0 or 1.
+        change: Units for the change to another row or head.
 
     Returns:
-        (row, KV head, tile within it, tiles of everything before).
+        (row, KV head, tile within it, tiles of everything before, the head's last unit).
     """
     row = tl.sum((ends <= at).to(tl.int32), axis=0)
     rows = tl.arange(0, BLOCK_ROWS)
     count = tl.sum(tl.where(rows == row, counts, 0), axis=0)
     offset = at - tl.max(tl.where(rows < row, ends, 0), axis=0)
-    units = tl.maximum(count + change, 1)
+    units = tl.maximum(count * TILE_UNITS + change, 1)
     kv_head = offset // units
-    tile = tl.maximum(offset % units - change, 0)
+    offset %= units
+    tile = tl.maximum(offset - change, 0) // TILE_UNITS
     before = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads
-    return row, kv_head, tile, before + kv_head * count + tile
+    return row, kv_head, tile, before + kv_head * count + tile, at + units - offset - 1
 
 
 @triton.jit
 def _block_ids(table, tile, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The blocks of a tile's tokens, [BLOCK_N]; the null block past the length, where the table may hold anything."""
     positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.load(table + positions // BLOCK_SIZE, mask=positions < length, other=0).to(tl.int64)
+    return tl.load(table + positions // BLOCK_SIZE, mask=positions < length, other=0)
 
 
 @triton.jit
-def _query(at, row, kv_head, stride_seq, stride_head, mask, GROUP: tl.constexpr, UPCAST: tl.constexpr):
-    """The queries of a row's KV head, [BLOCK_GROUP, BLOCK_DIM]."""
-    query = tl.load(at + row.to(tl.int64) * stride_seq + kv_head * GROUP * stride_head, mask=mask, other=0.0)
-    return query.to(tl.float32) if UPCAST else query
+def _next_tile(
+    row, kv_head, tile, length, length_after, num_kv_heads, SLIDING_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The tile after one: of the same KV head, the next one, or the next row, whose length is `length_after`.
+
+    Returns:
+        (row, KV head, tile, length).
+    """
+    ends_row = (tile + 1) * BLOCK_N >= length
+    kv_head = tl.where(ends_row, kv_head + 1, kv_head)
+    ends_heads = kv_head == num_kv_heads
+    kv_head = tl.where(ends_heads, 0, kv_head)
+    row = tl.where(ends_heads, row + 1, row)
+    length = tl.where(ends_heads, length_after, length)
+    tile = tl.where(ends_row, _first_tile(length, SLIDING_WINDOW, BLOCK_N), tile + 1)
+    return row, kv_head, tile, length
 
 
 @triton.jit
@@ -140,6 +156,7 @@ def _attend_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # at least num_seqs
+    TILE_UNITS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -153,16 +170,18 @@ def _attend_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     lengths = tl.load(context_len_ptr + rows, mask=rows < num_seqs, other=0).to(tl.int32)
     counts = tl.cdiv(lengths, BLOCK_N) - _first_tile(lengths, SLIDING_WINDOW, BLOCK_N)  # tiles of a row's KV head
+    num_tiles = tl.sum(counts, axis=0) * num_kv_heads
     # With no more tiles than programs each gets one at most, and nobody changes from row to row.
-    change = (tl.sum(counts, axis=0) * num_kv_heads > tl.num_programs(0)).to(tl.int32)
-    ends = tl.cumsum(tl.where(lengths > 0, counts + change, 0), axis=0) * num_kv_heads
+    change = (num_tiles > tl.num_programs(0)).to(tl.int32)
+    ends = tl.cumsum(tl.where(lengths > 0, counts * TILE_UNITS + change, 0), axis=0) * num_kv_heads
     num_units = tl.max(ends, axis=0)
     program = tl.program_id(0)
-    programs = tl.maximum(tl.minimum(tl.num_programs(0), num_units), 1)  # those that get something: the first ones
+    # Those that get something: the first ones. Within a row each has a tile, for it has TILE_UNITS or more.
+    programs = tl.maximum(tl.minimum(tl.num_programs(0), num_tiles), 1)
     begin = (program.to(tl.int64) * num_units // programs).to(tl.int32)
     end = ((program.to(tl.int64) + 1) * num_units // programs).to(tl.int32)
-    row, kv_head, tile, begin_tile = _locate(begin, counts, ends, change, num_kv_heads, BLOCK_ROWS)
-    _, _, _, end_tile = _locate(end, counts, ends, change, num_kv_heads, BLOCK_ROWS)
+    row, kv_head, tile, begin_tile, _ = _locate(begin, counts, ends, change, num_kv_heads, BLOCK_ROWS, TILE_UNITS)
+    _, _, _, end_tile, last_unit = _locate(end, counts, ends, change, num_kv_heads, BLOCK_ROWS, TILE_UNITS)
     if (program >= programs) | (begin_tile == end_tile):
         wait(DEPENDENT)
         tl.store(left_ptr + 2 * program, -1)
@@ -176,21 +195,27 @@ def _attend_kernel(
         # The first tile's K/V into the L2 cache, which the other kernels' writes go through too.
         line = tl.arange(0, (BLOCK_DIM + 63) // 64) * 64
         slot = ((tile * BLOCK_N + columns) % BLOCK_SIZE).to(tl.int64)
-        token = kv_head.to(tl.int64) * cache_stride_head + block * cache_stride_block + slot * cache_stride_slot
+        token = block.to(tl.int64) * cache_stride_block + kv_head.to(tl.int64) * cache_stride_head
+        token += slot * cache_stride_slot
         prefetch(key_cache_ptr + token[:, None] + line[None, :])
         prefetch(value_cache_ptr + token[:, None] + line[None, :])
+    after_row, after_head, after_tile, after_length = _next_tile(
+        row, kv_head, tile, length, length_after, num_kv_heads, SLIDING_WINDOW, BLOCK_N
+    )
+    after_table = block_table_ptr + after_row.to(tl.int64) * table_stride
+    after_block = _block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
+    length_after = tl.load(context_len_ptr + after_row + 1, mask=after_row + 1 < num_seqs, other=0).to(tl.int32)
     wait(DEPENDENT)
 
     scale_log2 = tl.cast(scale, tl.float32) * 1.4426950408889634  # exp2 is the hardware's exponential
     own = tile == first  # whether this program has the row's first tile
     left_item = -1
-    last_program = 0
+    last_program = (((last_unit.to(tl.int64) + 1) * programs - 1) // num_units).to(tl.int32)  # of what is left
     highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
     group_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    at = query_ptr + group[:, None] * q_stride_head + dims[None, :]
-    query = _query(at, row, kv_head, q_stride_seq, q_stride_head, group_mask, GROUP, UPCAST_DOT)
+    queries = query_ptr + group[:, None] * q_stride_head + dims[None, :]
     for index in range(begin_tile, end_tile):
         positions = tile * BLOCK_N + columns
         visible = positions < length
@@ -200,10 +225,16 @@ def _attend_kernel(
         if HEAD_DIM < BLOCK_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
         slot = (positions % BLOCK_SIZE).to(tl.int64)
-        token = kv_head.to(tl.int64) * cache_stride_head + block * cache_stride_block + slot * cache_stride_slot
+        token = block.to(tl.int64) * cache_stride_block + kv_head.to(tl.int64) * cache_stride_head
+        token += slot * cache_stride_slot
+        # The same queries for every tile of a row: loaded each time, they are part of the pipeline, and nothing waits
+        # for those of the next row.
+        offset = row.to(tl.int64) * q_stride_seq + kv_head * GROUP * q_stride_head
+        query = tl.load(queries + offset, mask=group_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
         key = tl.load(key_cache_ptr + token[:, None] + dims[None, :], mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
         value = tl.load(value_cache_ptr + token[:, None] + dims[None, :], mask=kv_mask, other=0.0)
         if UPCAST_DOT:
+            query = query.to(tl.float32)
             key = key.to(tl.float32)
             value = value.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_N]
@@ -227,25 +258,22 @@ def _attend_kernel(
                 tl.store(lse_ptr + part, highest + tl.log2(total), mask=group < GROUP)
                 if own:
                     left_item = row * num_kv_heads + kv_head
-                    last_unit = end + tl.cdiv(length, BLOCK_N) - tile - 2
-                    last_program = (((last_unit.to(tl.int64) + 1) * programs - 1) // num_units).to(tl.int32)
             highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_GROUP], tl.float32)
             acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
             own = own | ends_row
 
-        # The next tile, of this KV head, the next one, or the next row. Its block ids are loaded here, so that its keys
-        # need not wait for them, and so is the length of the row after it.
-        kv_head = tl.where(ends_row, kv_head + 1, kv_head)
-        ends_heads = kv_head == num_kv_heads
-        kv_head = tl.where(ends_heads, 0, kv_head)
-        row = tl.where(ends_heads, row + 1, row)
-        length = tl.where(ends_heads, length_after, length)
-        tile = tl.where(ends_row, _first_tile(length, SLIDING_WINDOW, BLOCK_N), tile + 1)
-        block = _block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
-        length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
-        if ends_row & (index + 1 < end_tile):
-            query = _query(at, row, kv_head, q_stride_seq, q_stride_head, group_mask, GROUP, UPCAST_DOT)
+        # On to the next tile. The block ids of the one after it are loaded here, and the length of the row after that,
+        # so that nothing waits for them when its keys are to be fetched. (Triton 3.6 pipelines no loop that hands a
+        # value on as it is from one variable to another: hence the maximum.)
+        row, kv_head, tile = tl.maximum(after_row, 0), tl.maximum(after_head, 0), tl.maximum(after_tile, 0)
+        length, block = tl.maximum(after_length, 0), tl.maximum(after_block, 0)
+        after_row, after_head, after_tile, after_length = _next_tile(
+            row, kv_head, tile, length, length_after, num_kv_heads, SLIDING_WINDOW, BLOCK_N
+        )
+        after_table = block_table_ptr + after_row.to(tl.int64) * table_stride
+        after_block = _block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
+        length_after = tl.load(context_len_ptr + after_row + 1, mask=after_row + 1 < num_seqs, other=0).to(tl.int32)
     tl.store(left_ptr + 2 * program, left_item)
     tl.store(left_ptr + 2 * program + 1, last_program)
 
@@ -304,6 +332,7 @@ def _launch_paged_attention(
         BLOCK_DIM=block_dim,
         BLOCK_N=config.block_n,
         BLOCK_ROWS=max(_LEAST_ROWS, next_power_of_2(num_seqs)),
+        TILE_UNITS=_TILE_UNITS,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
