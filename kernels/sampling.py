@@ -17,12 +17,12 @@ logits: [rows, vocab] float32, float16 or bfloat16; temperature, top_p, min_p: [
 seeds: [rows] int64; positions: [rows] int32 or int64 -> token ids [rows] int64, logprobs [rows] float32. A row with NaN
 (or +inf, or nothing but -inf) gives logprob NaN and some token of the vocabulary. Padded rows are ordinary rows.
 
-On the GPU nothing is sorted. The vocabulary is cut into chunks of which one program each takes max, argmax, sum of
+On the GPU nothing is sorted. The vocabulary is cut into chunks of which one program each takes max, sum of
 exponentials and weight, and the maxima of groups of 32 tokens, after penalties; a second kernel combines the chunks in
 a fixed order. How many times a row's logits are read:
 
-    greedy       once
-    no cuts      once, and the chunk of 2048 tokens that is drawn
+    greedy       once, and the chunk of 4096 tokens that has the largest
+    no cuts      once, and the chunk that is drawn
     cuts         once, and at most 256 groups, 8192 tokens: what nearly all rows of a language model keep is among
                  these (`sampling_candidates`)
     wide cuts    three times, and a span of 8192 tokens; with min-p alone twice (`sampling_wide`): top-p of a flat
@@ -55,14 +55,13 @@ from mini_infer.kernels.sampling_search import (
 )
 from mini_infer.kernels.sampling_wide import launch_wide
 
-_CHUNK = 2048  # vocabulary entries per program in the first pass
+_CHUNK = 4096  # vocabulary entries per program in the first pass: combining those of its threads is half of its work
 
 
 @triton.jit
 def _chunk_stats_kernel(
     logits_ptr,  # [rows, vocab], strided
     max_ptr,  # [rows, chunks] float32
-    argmax_ptr,  # [rows, chunks] int32
     total_ptr,  # [rows, chunks] float32: sum of exp(x - max) over the chunk
     mass_ptr,  # [rows, chunks] float32: sum of exp((x - max) / temperature); of no meaning for greedy rows
     group_ptr,  # [rows, chunks * CHUNK / GROUP], type of the logits: the largest of each group
@@ -95,10 +94,9 @@ def _chunk_stats_kernel(
         if count_row >= 0:
             seen_ptr = counts_ptr + count_row.to(tl.int64) * counts_stride
             x = penalize(x, row_ptr, cols, vocab, row, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr)
-    clean = tl.where(x == x, x, float("-inf"))  # NaN takes no part in the maximum; it reaches the sum
-    largest = tl.max(tl.reshape(clean, [CHUNK // GROUP, GROUP]), axis=1)  # [CHUNK // GROUP]
+    # NaN takes no part in a maximum, unless there is nothing else; it reaches the sum.
+    largest = tl.max(tl.reshape(x, [CHUNK // GROUP, GROUP]), axis=1)  # [CHUNK // GROUP]
     highest = tl.max(largest, axis=0)
-    argmax = tl.min(tl.where(clean == highest, cols, vocab), axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(weigh(x, shift, 1.4426950408889634), axis=0)
     mass = total
@@ -107,7 +105,6 @@ def _chunk_stats_kernel(
     at = row * chunks + chunk
     tl.store(mass_ptr + at, mass)
     tl.store(max_ptr + at, highest)
-    tl.store(argmax_ptr + at, argmax)
     tl.store(total_ptr + at, total)
     tl.store(group_ptr + at * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP), largest.to(group_ptr.dtype.element_ty))
 
@@ -124,10 +121,18 @@ def _draw_from_all(row_ptr, vocab, chunk, mass, highest, scale, uniform, CHUNK: 
 
 
 @triton.jit
+def _most_likely(row_ptr, vocab, chunk, maxima, highest, CHUNK: tl.constexpr):
+    """The lowest index of the largest logit; of a row where nothing is as large, all of it NaN, the last index."""
+    chosen = tl.min(tl.where(maxima == highest, chunk, vocab // CHUNK), axis=0)  # maxima: [BLOCK_CHUNKS]
+    cols = chosen * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(row_ptr + cols, mask=cols < vocab, other=float("nan")).to(tl.float32)
+    return tl.min(tl.where(x == highest, cols, vocab - 1), axis=0)
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,  # [rows, vocab], strided
-    max_ptr,  # [rows, chunks] and the next three: from _chunk_stats_kernel
-    argmax_ptr,
+    max_ptr,  # [rows, chunks] and the next two: from _chunk_stats_kernel
     total_ptr,
     mass_ptr,
     temperature_ptr,  # [rows], and the next five
@@ -153,34 +158,35 @@ def _sample_kernel(
     chunk = tl.arange(0, BLOCK_CHUNKS)
     at = row * chunks + chunk
     maxima = tl.load(max_ptr + at, mask=chunk < chunks, other=float("-inf"))
-    argmaxima = tl.load(argmax_ptr + at, mask=chunk < chunks, other=vocab)
     totals = tl.load(total_ptr + at, mask=chunk < chunks, other=0.0)
     highest = tl.max(maxima, axis=0)
-    token = tl.min(tl.where(maxima == highest, argmaxima, vocab), axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     log_total = shift + tl.log(tl.sum(totals * tl.exp(maxima - shift), axis=0))
     valid = (log_total > float("-inf")) & (log_total < float("inf"))  # false for NaN
 
     temperature = tl.load(temperature_ptr + row)
     row_ptr = logits_ptr + row * stride_row
-    todo = token * 0
-    if (temperature > 0.0) & valid:
+    draws = (temperature > 0.0) & valid
+    todo = 0
+    if draws:
         scale = weight_scale(temperature)
         masses = tl.load(mass_ptr + at, mask=chunk < chunks, other=0.0)
         mass = tl.where(maxima > float("-inf"), masses * weigh(maxima, highest, scale), 0.0)  # [BLOCK_CHUNKS]
         if has_cuts(tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), vocab):
-            todo = todo + 1
+            todo = 1
             tl.store(stats_ptr + row * 3, highest)
             tl.store(stats_ptr + row * 3 + 1, tl.sum(mass, axis=0))
             tl.store(stats_ptr + row * 3 + 2, log_total)
         else:
             uniform = philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
             token = _draw_from_all(row_ptr, vocab, chunk, mass, highest, scale, uniform, CHUNK)
-    tl.store(todo_ptr + row, todo)
-    if todo == 0:
-        chosen = tl.load(row_ptr + token).to(tl.float32)
+            tl.store(token_ptr + row, token.to(tl.int64))
+            tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - log_total)
+    else:
+        token = _most_likely(row_ptr, vocab, chunk, maxima, highest, CHUNK)
         tl.store(token_ptr + row, token.to(tl.int64))
-        tl.store(logprob_ptr + row, tl.where(valid, chosen - log_total, float("nan")))
+        tl.store(logprob_ptr + row, tl.where(valid, highest - log_total, float("nan")))
+    tl.store(todo_ptr + row, todo)
 
 
 def _launch_sample(
@@ -201,7 +207,6 @@ def _launch_sample(
         return token_ids, logprobs
     chunks = cdiv(vocab, _CHUNK)
     maxima = torch.empty((rows, chunks), dtype=torch.float32, device=device)
-    argmaxima = torch.empty((rows, chunks), dtype=torch.int32, device=device)
     totals = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     masses = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     groups = torch.empty((rows, chunks * (_CHUNK // GROUP)), dtype=logits.dtype, device=device)
@@ -212,7 +217,6 @@ def _launch_sample(
     _chunk_stats_kernel[(rows, chunks)](
         logits,
         maxima,
-        argmaxima,
         totals,
         masses,
         groups,
@@ -231,7 +235,6 @@ def _launch_sample(
     _sample_kernel[(rows,)](
         logits,
         maxima,
-        argmaxima,
         totals,
         masses,
         *params,
