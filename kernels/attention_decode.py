@@ -105,8 +105,21 @@ def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr, TI
 @triton.jit
 def _block_ids(table, tile, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The blocks of a tile's tokens, [BLOCK_N]; the null block past the length, where the table may hold anything."""
-    positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.load(table + positions // BLOCK_SIZE, mask=positions < length, other=0)
+    columns = tl.arange(0, BLOCK_N)
+    if BLOCK_N % BLOCK_SIZE == 0:  # the same division for every tile
+        entries = tile * (BLOCK_N // BLOCK_SIZE) + columns // BLOCK_SIZE
+    else:
+        entries = (tile * BLOCK_N + columns) // BLOCK_SIZE
+    return tl.load(table + entries, mask=tile * BLOCK_N + columns < length, other=0)
+
+
+@triton.jit
+def _slots(tile, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where in their blocks a tile's tokens are, [BLOCK_N]."""
+    columns = tl.arange(0, BLOCK_N)
+    if BLOCK_N % BLOCK_SIZE == 0:
+        return columns % BLOCK_SIZE
+    return (tile * BLOCK_N + columns) % BLOCK_SIZE
 
 
 @triton.jit
@@ -157,6 +170,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # at least num_seqs
     TILE_UNITS: tl.constexpr,
+    WIDE: tl.constexpr,  # whether places in the cache take 64 bits
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -194,9 +208,8 @@ def _attend_kernel(
     if DEPENDENT:
         # The first tile's K/V into the L2 cache, which the other kernels' writes go through too.
         line = tl.arange(0, (BLOCK_DIM + 63) // 64) * 64
-        slot = ((tile * BLOCK_N + columns) % BLOCK_SIZE).to(tl.int64)
         token = block.to(tl.int64) * cache_stride_block + kv_head.to(tl.int64) * cache_stride_head
-        token += slot * cache_stride_slot
+        token += _slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
         prefetch(key_cache_ptr + token[:, None] + line[None, :])
         prefetch(value_cache_ptr + token[:, None] + line[None, :])
     after_row, after_head, after_tile, after_length = _next_tile(
@@ -224,15 +237,16 @@ def _attend_kernel(
         kv_mask = visible[:, None]
         if HEAD_DIM < BLOCK_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
-        slot = (positions % BLOCK_SIZE).to(tl.int64)
-        token = block.to(tl.int64) * cache_stride_block + kv_head.to(tl.int64) * cache_stride_head
-        token += slot * cache_stride_slot
+        places = (block.to(tl.int64) if WIDE else block) * cache_stride_block
+        places += _slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
+        places = places[:, None] + dims[None, :]
+        head = kv_head.to(tl.int64) * cache_stride_head
         # The same queries for every tile of a row: loaded each time, they are part of the pipeline, and nothing waits
         # for those of the next row.
         offset = row.to(tl.int64) * q_stride_seq + kv_head * GROUP * q_stride_head
         query = tl.load(queries + offset, mask=group_mask, other=0.0)  # [BLOCK_GROUP, BLOCK_DIM]
-        key = tl.load(key_cache_ptr + token[:, None] + dims[None, :], mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
-        value = tl.load(value_cache_ptr + token[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        key = tl.load(key_cache_ptr + head + places, mask=kv_mask, other=0.0)  # [BLOCK_N, BLOCK_DIM]
+        value = tl.load(value_cache_ptr + head + places, mask=kv_mask, other=0.0)
         if UPCAST_DOT:
             query = query.to(tl.float32)
             key = key.to(tl.float32)
@@ -276,6 +290,11 @@ def _attend_kernel(
         length_after = tl.load(context_len_ptr + after_row + 1, mask=after_row + 1 < num_seqs, other=0).to(tl.int32)
     tl.store(left_ptr + 2 * program, left_item)
     tl.store(left_ptr + 2 * program + 1, last_program)
+
+
+def _is_wide(cache: Tensor) -> bool:
+    """Whether a place in the cache, counted in elements, may be past the largest int32."""
+    return cache.shape[0] * cache.stride(0) >= 1 << 31
 
 
 def _launch_paged_attention(
@@ -333,6 +352,7 @@ def _launch_paged_attention(
         BLOCK_N=config.block_n,
         BLOCK_ROWS=max(_LEAST_ROWS, next_power_of_2(num_seqs)),
         TILE_UNITS=_TILE_UNITS,
+        WIDE=_is_wide(key_cache),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
