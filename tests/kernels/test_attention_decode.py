@@ -33,7 +33,7 @@ def expected_attention(query, cache, scale=None, window=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "heads,kv_heads,head_dim,block_size",
-    [(9, 3, 64, 16), (4, 4, 80, 16), (6, 1, 96, 8), (8, 2, 128, 32), (2, 1, 256, 16)],
+    [(9, 3, 64, 16), (4, 4, 80, 16), (6, 1, 96, 8), (8, 2, 128, 32), (2, 1, 256, 16), (4, 2, 64, 24)],
 )
 def test_shapes(backend, make_cache, assert_close, heads, kv_heads, head_dim, block_size, dtype):
     lens = [1, 17, 50]
@@ -114,6 +114,18 @@ def test_however_the_work_is_dealt_out(backend, make_cache, assert_close, lens, 
             patch.setattr(attention_decode, "multiprocessors", lambda device: 1)
             out = _launch_paged_attention(*args, config=config)
         assert_close(f"{programs} programs", out, expected)
+
+
+def test_places_of_64_bits(backend, make_cache, assert_close, monkeypatch):
+    """What a cache of more than 2 ** 31 elements takes."""
+    if backend.name == "cpu":
+        pytest.skip("Triton's way to find a place")
+    cache = make_cache([1, 90], 2, 64, 16, torch.bfloat16, backend.device)
+    query = torch.randn(2, 4, 64, device=backend.device).bfloat16()
+    small, large = torch.empty(1, 2, 16, 64, device="meta"), torch.empty(1 << 20, 2, 16, 64, device="meta")
+    assert not attention_decode._is_wide(small) and attention_decode._is_wide(large)
+    monkeypatch.setattr(attention_decode, "_is_wide", lambda cache: True)
+    assert_close("out", run(backend, query, cache), expected_attention(query, cache))
 
 
 def test_caches_of_different_strides(make_cache):
