@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
 }
 WORTHWHILE = 0.98  # a tile is chosen over cuBLAS if it takes less than this part of its time
 PAIRS = {"gate_up": "o", "qkv": "down"}  # whose rows a product norms
+SEARCH_ORDER = ("gate_up", "o", "qkv", "down", "head")
 CONTENDERS = 4  # of a product, the fastest by themselves, are tried in whole steps
 GAIN = 0.997  # another choice is taken if the step takes less than this part of its time
 NORM_US = 2.0  # about what a kernel that norms adds, where a tile lacks the squares to do without
@@ -222,6 +223,30 @@ def variations(chosen: Choice, timings: Mapping[str, Sequence[Timing]], name: st
         if choice != chosen and choice not in varied:
             varied.append(choice)
     return varied
+
+
+def search(
+    measure: Callable[[Sequence[Choice]], Sequence[float]], chosen: Choice, timings: Mapping[str, Sequence[Timing]]
+) -> tuple[Choice, list[tuple[float, float, Choice]]]:
+    """Look for a better choice, product by product: each takes its best variation in the step as it is by then.
+
+    Args:
+        measure: The milliseconds of a whole step with each of some choices.
+        chosen: Where to begin.
+        timings: Of each product by itself.
+
+    Returns:
+        The best choice; and for each that was taken the milliseconds of a step before, those with it, and the choice.
+    """
+    taken = []
+    for name in SEARCH_ORDER:
+        choices = [chosen, *variations(chosen, timings, name)]
+        before, *times = measure(choices)
+        best = min(times, default=before)
+        if best < GAIN * before:
+            chosen = choices[1 + times.index(best)]
+            taken.append((before, best, chosen))
+    return chosen, taken
 
 
 def _adding(tile: Tile | None, timings: Sequence[Timing], leaves: bool) -> Tile | None:

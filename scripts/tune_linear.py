@@ -24,13 +24,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
 from decode_trials import DecodeTrials
-from linear_candidates import GAIN, SHAPES, Choice, Problem, Timing, candidates, choose, variations
+from linear_candidates import SEARCH_ORDER, SHAPES, Problem, Timing, candidates, choose, search, variations
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -43,7 +44,6 @@ from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_li
 COLD_BYTES = 512 << 20  # eight times the 60 MB L2 of an H200: what an unusual replacement keeps is little too
 REPLAYS = 9
 MODELS = {"8b": "llama-3.1-8b", "0.6b": "qwen3-0.6b"}  # whose steps the shapes are of
-SEARCH_ORDER = ("gate_up", "o", "qkv", "down", "head")
 EPS = 1e-6
 TOLERANCE = 1e-2
 
@@ -206,7 +206,7 @@ def tune(problem: Problem, weights: Tensor, tiles: Iterable[Tile], stream: torch
     return timings
 
 
-def search(
+def search_model(
     model: str, timings: dict[Problem, list[Timing]], chosen: dict[Problem, Tile | None]
 ) -> dict[Problem, Tile | None]:
     """Better choices, if there are any, by the time of whole decode steps; all products of a model are there."""
@@ -220,33 +220,18 @@ def search(
     trials.compile(
         [(m, choice) for m in by_rows for name in SEARCH_ORDER for choice in variations(starts[m], alone[m], name)]
     )
-    print(f"\nsteps of {model}")
+    print(f"\nsteps of {model}, ms")
     found = {}
     for m, problems in by_rows.items():
-        best, lines = search_rows(trials, m, starts[m], alone[m])
-        print("\n".join(lines), flush=True)
+        best, taken = search(partial(trials.measure, m), starts[m], alone[m])
+        print(f"{m:>4} rows{'' if taken else ': no better choice'}")
+        previous = starts[m]
+        for before, after, choice in taken:
+            changed = [f"{name} {tile or 'cuBLAS'}" for name, tile in choice.items() if tile != previous[name]]
+            print(f"{before:>14.3f} -> {after:.3f}: {', '.join(changed)}", flush=True)
+            previous = choice
         found.update({problem: best[name] for name, problem in problems.items()})
     return found
-
-
-def search_rows(
-    trials: DecodeTrials, rows: int, chosen: Choice, timings: dict[str, list[Timing]]
-) -> tuple[Choice, list[str]]:
-    """The best choice for steps of so many rows, product by product, and what to print about it."""
-    lines = []
-    for name in SEARCH_ORDER:
-        choices = [chosen, *variations(chosen, timings, name)]
-        times = trials.measure(rows, choices)
-        best = min(range(len(times)), key=times.__getitem__)
-        if not lines:
-            lines.append(f"{rows:>4} rows {times[0]:8.3f} ms")
-        if times[best] < GAIN * times[0]:
-            changed = ", ".join(
-                f"{key} {choices[best][key] or 'cuBLAS'}" for key in chosen if choices[best][key] != chosen[key]
-            )
-            lines.append(f"{'':>9} {times[best]:8.3f} ms of {times[0]:.3f} with {changed}")
-            chosen = choices[best]
-    return chosen, lines
 
 
 def describe(problem: Problem, timings: list[Timing]) -> str:
@@ -299,7 +284,7 @@ def main() -> None:
         chosen = choose(timings)
         if not arguments.alone:
             weights, shape = torch.empty(0), (0, 0)
-            chosen = search(MODELS[model], timings, chosen)
+            chosen = search_model(MODELS[model], timings, chosen)
         print(f"\nchosen for {model}")
         for problem, tile in chosen.items():
             measured.setdefault((problem.n, problem.k, problem.role), {})[problem.m] = tile

@@ -1,5 +1,6 @@
 """What the tuner of the matrix products measures, and how it chooses."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,3 +92,26 @@ def test_only_the_fastest_are_tried() -> None:
     timings: dict[str, Any] = {"head": [(9.0, None), *((10.0 + index, tile) for index, tile in enumerate(tiles))]}
     varied = tuning.variations({"head": tiles[6]}, timings, "head")
     assert [choice["head"] for choice in varied] == [None, *tiles[: tuning.CONTENDERS - 1]]
+
+
+def test_a_search_takes_what_makes_the_step_faster() -> None:
+    """Product by product, from what was taken before; not what is faster by less than the clock's noise."""
+    of_o, of_head = [(10.0, None), (9.0, ADDS)], [(5.0, None), (4.0, ALONE)]
+    timings: dict[str, Any] = {
+        "gate_up": [(20.0, None), (18.0, NORMS)],
+        "o": of_o,
+        "qkv": [],
+        "down": [],
+        "head": of_head,
+    }
+    start: tuning.Choice = dict.fromkeys(timings)
+    steps: list[tuning.Choice] = []
+
+    def measure(choices: Sequence[tuning.Choice]) -> list[float]:
+        steps.extend(choices)
+        return [100.0 - 2.0 * (c["gate_up"] == NORMS) - 0.1 * (c["head"] == ALONE) for c in choices]
+
+    best, taken = tuning.search(measure, start, timings)
+    assert best == {**start, "gate_up": NORMS, "o": ADDS}
+    assert taken == [(100.0, 98.0, best)]
+    assert {**best, "head": ALONE} in steps, "tried with what was taken before"
