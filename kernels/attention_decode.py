@@ -35,6 +35,7 @@ from mini_infer.kernels.attention_decode_cpu import paged_attention_cpu
 from mini_infer.kernels.attention_merge import merge_parts
 from mini_infer.kernels.common import INTERPRET, check_attention, multiprocessors, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
+from mini_infer.kernels.paging import block_ids, check_strides, is_wide, slots
 
 _LEAST_ROWS = 256  # what programs read the lengths of at once: one kernel serves all smaller batches
 
@@ -100,26 +101,6 @@ def _locate(at, counts, ends, change, num_kv_heads, BLOCK_ROWS: tl.constexpr, TI
     tile = tl.maximum(offset - change, 0) // TILE_UNITS
     before = tl.sum(tl.where(rows < row, counts, 0), axis=0) * num_kv_heads
     return row, kv_head, tile, before + kv_head * count + tile, at + units - offset - 1
-
-
-@triton.jit
-def _block_ids(table, tile, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The blocks of a tile's tokens, [BLOCK_N]; the null block past the length, where the table may hold anything."""
-    columns = tl.arange(0, BLOCK_N)
-    if BLOCK_N % BLOCK_SIZE == 0:  # the same division for every tile
-        entries = tile * (BLOCK_N // BLOCK_SIZE) + columns // BLOCK_SIZE
-    else:
-        entries = (tile * BLOCK_N + columns) // BLOCK_SIZE
-    return tl.load(table + entries, mask=tile * BLOCK_N + columns < length, other=0)
-
-
-@triton.jit
-def _slots(tile, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where in their blocks a tile's tokens are, [BLOCK_N]."""
-    columns = tl.arange(0, BLOCK_N)
-    if BLOCK_N % BLOCK_SIZE == 0:
-        return columns % BLOCK_SIZE
-    return (tile * BLOCK_N + columns) % BLOCK_SIZE
 
 
 @triton.jit
@@ -203,20 +184,20 @@ def _attend_kernel(
     length = tl.load(context_len_ptr + row).to(tl.int32)
     first = _first_tile(length, SLIDING_WINDOW, BLOCK_N)
     tile += first
-    block = _block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
+    block = block_ids(block_table_ptr + row.to(tl.int64) * table_stride, tile, length, BLOCK_N, BLOCK_SIZE)
     length_after = tl.load(context_len_ptr + row + 1, mask=row + 1 < num_seqs, other=0).to(tl.int32)
     if DEPENDENT:
         # The first tile's K/V into the L2 cache, which the other kernels' writes go through too.
         line = tl.arange(0, (BLOCK_DIM + 63) // 64) * 64
         token = block.to(tl.int64) * cache_stride_block + kv_head.to(tl.int64) * cache_stride_head
-        token += _slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
+        token += slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
         prefetch(key_cache_ptr + token[:, None] + line[None, :])
         prefetch(value_cache_ptr + token[:, None] + line[None, :])
     after_row, after_head, after_tile, after_length = _next_tile(
         row, kv_head, tile, length, length_after, num_kv_heads, SLIDING_WINDOW, BLOCK_N
     )
     after_table = block_table_ptr + after_row.to(tl.int64) * table_stride
-    after_block = _block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
+    after_block = block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
     length_after = tl.load(context_len_ptr + after_row + 1, mask=after_row + 1 < num_seqs, other=0).to(tl.int32)
     wait(DEPENDENT)
 
@@ -238,7 +219,7 @@ def _attend_kernel(
         if HEAD_DIM < BLOCK_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
         places = (block.to(tl.int64) if WIDE else block) * cache_stride_block
-        places += _slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
+        places += slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
         places = places[:, None] + dims[None, :]
         head = kv_head.to(tl.int64) * cache_stride_head
         # The same queries for every tile of a row: loaded each time, they are part of the pipeline, and nothing waits
@@ -286,15 +267,10 @@ def _attend_kernel(
             row, kv_head, tile, length, length_after, num_kv_heads, SLIDING_WINDOW, BLOCK_N
         )
         after_table = block_table_ptr + after_row.to(tl.int64) * table_stride
-        after_block = _block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
+        after_block = block_ids(after_table, after_tile, after_length, BLOCK_N, BLOCK_SIZE)
         length_after = tl.load(context_len_ptr + after_row + 1, mask=after_row + 1 < num_seqs, other=0).to(tl.int32)
     tl.store(left_ptr + 2 * program, left_item)
     tl.store(left_ptr + 2 * program + 1, last_program)
-
-
-def _is_wide(cache: Tensor) -> bool:
-    """Whether a place in the cache, counted in elements, may be past the largest int32."""
-    return cache.shape[0] * cache.stride(0) >= 1 << 31
 
 
 def _launch_paged_attention(
@@ -308,8 +284,7 @@ def _launch_paged_attention(
     *,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    if key_cache.stride() != value_cache.stride():
-        raise ValueError(f"caches must have the same strides, got {key_cache.stride()} and {value_cache.stride()}")
+    check_strides(key_cache, value_cache)
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -352,7 +327,7 @@ def _launch_paged_attention(
         BLOCK_N=config.block_n,
         BLOCK_ROWS=max(_LEAST_ROWS, next_power_of_2(num_seqs)),
         TILE_UNITS=_TILE_UNITS,
-        WIDE=_is_wide(key_cache),
+        WIDE=is_wide(key_cache),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
         num_warps=config.num_warps,
@@ -399,7 +374,7 @@ def paged_attention(
         block_tables: [num_seqs, max_blocks] int32 or int64; entries past a row's length are never followed.
         context_lens: [num_seqs] int32 or int64, tokens in the context, the current one included. Padded rows have 0,
             come after all others, and give zeros.
-        scale: Factor on the scores; 1 / sqrt(head_dim) when None.
+        scale: Factor on the scores, > 0; 1 / sqrt(head_dim) when None.
         sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
 
     Returns:
@@ -413,5 +388,7 @@ def paged_attention(
         raise ValueError(f"context_lens must be [{query.shape[0]}] (query's rows), got {tuple(context_lens.shape)}")
     if scale is None:
         scale = float(query.shape[2]) ** -0.5
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}")
     out: Tensor = _paged_attention_op(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
     return out

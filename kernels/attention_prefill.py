@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mini_infer.kernels.attention_prefill_cpu import paged_prefill_attention_reference
 from mini_infer.kernels.common import INTERPRET, check_attention, check_index, next_power_of_2, register_op
+from mini_infer.kernels.paging import block_ids, check_strides, is_wide, slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,8 @@ def _attend(
     table,
     key_base,
     value_base,
-    kc_stride_block,
-    kc_stride_slot,
-    vc_stride_block,
-    vc_stride_slot,
+    cache_stride_block,
+    cache_stride_slot,
     scale_log2,
     MASKED: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
@@ -89,16 +88,18 @@ def _attend(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The online softmax over the KV tiles from start to stop; unmasked, every row must see all of every tile."""
     columns = tl.arange(0, BLOCK_N)
     for kv_tile in range(start, stop, BLOCK_N):
         target = kv_tile + columns  # [BLOCK_N]
-        slot = (target % BLOCK_SIZE).to(tl.int64)
-        key_rows = block.to(tl.int64) * kc_stride_block + slot * kc_stride_slot
-        value_rows = block.to(tl.int64) * vc_stride_block + slot * vc_stride_slot
-        key_source = key_base + key_rows[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_DIM]
-        value_source = value_base + value_rows[:, None] + dims[None, :]
+        tile = kv_tile // BLOCK_N
+        places = (block.to(tl.int64) if WIDE else block) * cache_stride_block
+        places += slots(tile, BLOCK_N, BLOCK_SIZE) * cache_stride_slot
+        places = places[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_DIM]
+        key_source = key_base + places
+        value_source = value_base + places
         if MASKED:
             kv_mask = (target < end)[:, None] & (dims < HEAD_DIM)[None, :]
             key = tl.load(key_source, mask=kv_mask, other=0.0)
@@ -110,19 +111,18 @@ def _attend(
             key = tl.load(key_source)
             value = tl.load(value_source)
         # The next tile's block ids, so that its keys need not wait for them.
-        following = target + BLOCK_N
-        block = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
+        block = block_ids(table, tile + 1, end, BLOCK_N, BLOCK_SIZE)
         if UPCAST_DOT:
             key = key.to(tl.float32)
             value = value.to(tl.float32)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores = products * scale_log2
+        seen = products
         if MASKED:
             visible = target[None, :] <= position[:, None]
             if SLIDING_WINDOW > 0:
                 visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            seen = tl.where(visible, products, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(seen, axis=1) * scale_log2)
         shift = new_highest
         if MASKED:  # a row may see nothing of this tile and of those before it: subtract 0, not -inf
             shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -142,7 +142,7 @@ def _attend(
 def _prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_DIM], strided
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
-    value_cache_ptr,
+    value_cache_ptr,  # likewise, with the same strides
     block_table_ptr,  # [num_seqs, max_blocks]
     context_len_ptr,  # [num_seqs]
     start_loc_ptr,  # [num_seqs + 1]
@@ -152,12 +152,9 @@ def _prefill_kernel(
     num_kv_heads,
     q_stride_token,
     q_stride_head,
-    kc_stride_block,
-    kc_stride_head,
-    kc_stride_slot,
-    vc_stride_block,
-    vc_stride_head,
-    vc_stride_slot,
+    cache_stride_block,
+    cache_stride_head,
+    cache_stride_slot,
     table_stride,
     scale,
     SLIDING_WINDOW: tl.constexpr,
@@ -170,6 +167,7 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
+    WIDE: tl.constexpr,  # whether places in the cache take 64 bits
 ):
     # All heads of the last tile, then of the one before it: the longest first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -215,11 +213,10 @@ def _prefill_kernel(
     if SLIDING_WINDOW > 0:
         start = tl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         diagonal = start
-    key_base = key_cache_ptr + kv_head * kc_stride_head
-    value_base = value_cache_ptr + kv_head * vc_stride_head
+    key_base = key_cache_ptr + kv_head * cache_stride_head
+    value_base = value_cache_ptr + kv_head * cache_stride_head
     table = block_table_ptr + seq.to(tl.int64) * table_stride
-    target = start + tl.arange(0, BLOCK_N)
-    block = tl.load(table + target // BLOCK_SIZE, mask=target < end, other=0)  # [BLOCK_N]
+    block = block_ids(table, start // BLOCK_N, end, BLOCK_N, BLOCK_SIZE)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
@@ -238,10 +235,8 @@ def _prefill_kernel(
             table,
             key_base,
             value_base,
-            kc_stride_block,
-            kc_stride_slot,
-            vc_stride_block,
-            vc_stride_slot,
+            cache_stride_block,
+            cache_stride_slot,
             scale_log2,
             MASKED=masked == 1,
             SLIDING_WINDOW=SLIDING_WINDOW,
@@ -251,6 +246,7 @@ def _prefill_kernel(
             BLOCK_N=BLOCK_N,
             PRECISION=PRECISION,
             UPCAST_DOT=UPCAST_DOT,
+            WIDE=WIDE,
         )
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 only in rows that are not stored
@@ -270,6 +266,7 @@ def _launch_paged_prefill_attention(
     *,
     config: PrefillConfig | None = None,
 ) -> Tensor:
+    check_strides(key_cache, value_cache)
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     num_seqs = context_lens.shape[0]
@@ -297,9 +294,6 @@ def _launch_paged_prefill_attention(
         key_cache.stride(0),
         key_cache.stride(1),
         key_cache.stride(2),
-        value_cache.stride(0),
-        value_cache.stride(1),
-        value_cache.stride(2),
         block_tables.stride(0),
         scale,
         SLIDING_WINDOW=sliding_window,
@@ -312,6 +306,7 @@ def _launch_paged_prefill_attention(
         BLOCK_N=config.block_n,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST_DOT=INTERPRET,
+        WIDE=is_wide(key_cache),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.registers,
@@ -360,7 +355,7 @@ def paged_prefill_attention(
         block_tables: [num_seqs, max_blocks] int32 or int64; entries past a sequence's length are never followed.
         context_lens: [num_seqs] int32 or int64, tokens up to and including the chunk's last.
         query_start_loc: [num_seqs + 1] int32 or int64, where each sequence's tokens start; first 0, last num_tokens.
-        scale: Factor on the scores; 1 / sqrt(head_dim) when None.
+        scale: Factor on the scores, > 0; 1 / sqrt(head_dim) when None.
         sliding_window: w > 0 lets the query at position p see positions (p - w, p] only; 0 is no window.
 
     Returns:
@@ -374,6 +369,8 @@ def paged_prefill_attention(
     check_index("query_start_loc", query_start_loc, "query", query)
     if scale is None:
         scale = float(query.shape[2]) ** -0.5
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}")
     out: Tensor = _paged_prefill_attention_op(
         query, key_cache, value_cache, block_tables, context_lens, query_start_loc, scale, sliding_window
     )

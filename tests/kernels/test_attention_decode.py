@@ -122,9 +122,7 @@ def test_places_of_64_bits(backend, make_cache, assert_close, monkeypatch):
         pytest.skip("Triton's way to find a place")
     cache = make_cache([1, 90], 2, 64, 16, torch.bfloat16, backend.device)
     query = torch.randn(2, 4, 64, device=backend.device).bfloat16()
-    small, large = torch.empty(1, 2, 16, 64, device="meta"), torch.empty(1 << 20, 2, 16, 64, device="meta")
-    assert not attention_decode._is_wide(small) and attention_decode._is_wide(large)
-    monkeypatch.setattr(attention_decode, "_is_wide", lambda cache: True)
+    monkeypatch.setattr(attention_decode, "is_wide", lambda cache: True)
     assert_close("out", run(backend, query, cache), expected_attention(query, cache))
 
 
@@ -254,6 +252,8 @@ def test_bad_arguments():
         paged_attention(query, cache, cache, tables[:2], lens)
     with pytest.raises(ValueError, match="context_lens must be int32 or int64"):
         paged_attention(query, cache, cache, tables, lens.float())
+    with pytest.raises(ValueError, match=r"scale must be > 0, got -0\.5"):
+        paged_attention(query, cache, cache, tables, lens, scale=-0.5)
     with pytest.raises(ValueError, match="sliding_window must be >= 0"):
         paged_attention(query, cache, cache, tables, lens, sliding_window=-1)
     with pytest.raises(ValueError, match="value_cache must have the shape of key_cache"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mini_infer.kernels import paged_attention, paged_prefill_attention
+from mini_infer.kernels import attention_prefill, paged_attention, paged_prefill_attention
 from mini_infer.kernels.attention_prefill import PrefillConfig, _launch_paged_prefill_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,7 +39,7 @@ def expected_attention(query, cache, q_lens, scale=None, window=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "heads,kv_heads,head_dim,block_size",
-    [(9, 3, 64, 16), (2, 2, 80, 16), (6, 1, 96, 8), (4, 1, 128, 32), (2, 1, 256, 16)],
+    [(9, 3, 64, 16), (2, 2, 80, 16), (6, 1, 96, 8), (4, 1, 128, 32), (2, 1, 256, 16), (4, 2, 64, 24)],
 )
 def test_shapes(backend, make_cache, assert_close, heads, kv_heads, head_dim, block_size, dtype):
     """A first chunk, a later chunk, a prefix hit with one token left, and a row with no query tokens."""
@@ -50,6 +50,27 @@ def test_shapes(backend, make_cache, assert_close, heads, kv_heads, head_dim, bl
     out = run(backend, query, cache, q_lens)
     assert out.dtype == dtype
     assert_close("out", out, expected_attention(query, cache, q_lens))
+
+
+def test_places_of_64_bits(backend, make_cache, assert_close, monkeypatch):
+    """What a cache of more than 2 ** 31 elements takes."""
+    if backend.name == "cpu":
+        pytest.skip("Triton's way to find a place")
+    lens, q_lens = [40, 90], [40, 3]
+    cache = make_cache(lens, 2, 64, 16, torch.bfloat16, backend.device)
+    query = torch.randn(sum(q_lens), 4, 64, device=backend.device).bfloat16()
+    monkeypatch.setattr(attention_prefill, "is_wide", lambda cache: True)
+    assert_close("out", run(backend, query, cache, q_lens), expected_attention(query, cache, q_lens))
+
+
+def test_caches_of_different_strides(make_cache):
+    cache = make_cache([5], 1, 64, 16, torch.float32, torch.device("cpu"))
+    caches = cache.key_cache, cache.value_cache.contiguous()
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="same strides"):
+        _launch_paged_prefill_attention(
+            torch.randn(5, 2, 64), *caches, cache.block_tables, cache.context_lens, starts, 0.125, 0
+        )
 
 
 @pytest.mark.parametrize("window", [1, 5, 40])
@@ -151,3 +172,6 @@ def test_bad_arguments():
         paged_prefill_attention(query, cache, cache, tables, lens, lens)
     with pytest.raises(ValueError, match="query_start_loc must be int32 or int64"):
         paged_prefill_attention(query, cache, cache, tables, lens, torch.zeros(3))
+    starts = torch.tensor([0, 1, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="scale must be > 0, got 0"):
+        paged_prefill_attention(query, cache, cache, tables, lens, starts, scale=0)
