@@ -15,6 +15,8 @@ bisection, so the grid depends on shapes only. A tile packs BLOCK_Q tokens with 
 it visits the KV tiles that all its tokens see, without a mask, then the few around the diagonal. Both do the same
 arithmetic on what is visible, so that a token's result does not depend on where its chunk begins. Later tiles of a
 sequence have more to visit: they are started first.
+
+Hopper GPUs have a kernel of their own for most models in 16 bits; see `attention_prefill_hopper`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mini_infer.kernels import attention_prefill_hopper
 from mini_infer.kernels.attention_prefill_cpu import paged_prefill_attention_reference
 from mini_infer.kernels.common import INTERPRET, check_attention, check_index, next_power_of_2, register_op
 from mini_infer.kernels.paging import block_ids, check_strides, is_wide, slots
@@ -273,8 +276,14 @@ def _launch_paged_prefill_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens == 0 or num_seqs == 0:
         return out
-    config = config or prefill_config(head_dim, query.element_size())
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+    context_lens, query_start_loc = context_lens.contiguous(), query_start_loc.contiguous()
+    if config is None and attention_prefill_hopper.supports(query, key_cache):
+        attention_prefill_hopper.launch_hopper_prefill(
+            query, key_cache, value_cache, block_tables, context_lens, query_start_loc, scale, sliding_window, out
+        )
+        return out
+    config = config or prefill_config(head_dim, query.element_size())
     group = num_heads // num_kv_heads
     block_m = max(config.block_m, next_power_of_2(group))
     block_q = block_m // group
@@ -283,8 +292,8 @@ def _launch_paged_prefill_attention(
         key_cache,
         value_cache,
         block_tables,
-        context_lens.contiguous(),
-        query_start_loc.contiguous(),
+        context_lens,
+        query_start_loc,
         out,
         num_seqs,
         num_heads,

@@ -51,7 +51,11 @@ rotary._launch_rotary(q, k, torch.randn(9, 64), torch.randn(9, 64), slots)
 kv_store._launch_store_kv(k, k, cache, cache, slots)
 for window in (0, 100):
     attention_decode._launch_paged_attention(q, cache, cache, tables, lens, 0.1, window)
-    attention_prefill._launch_paged_prefill_attention(q, cache, cache, tables, lens, ints(0, 1, 2, 3, 4), 0.1, window)
+    for config in (None, attention_prefill.prefill_config(128, 2)):  # on Hopper's kernel, and on the other
+        starts = ints(0, 1, 2, 3, 4)
+        attention_prefill._launch_paged_prefill_attention(
+            q, cache, cache, tables, lens, starts, 0.1, window, config=config
+        )
 attention_prefill._launch_paged_prefill_attention(q[:1], cache, cache, tables[:1], lens[:1], ints(0, 1), 0.1, 0)
 for dtype, dim in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 128), (torch.bfloat16, 256)):
     q, cache = torch.randn(4, 6, dim).to(dtype), torch.randn(9, 2, 16, dim).to(dtype)
@@ -91,7 +95,7 @@ for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.ra
     counts = torch.zeros(4, logits.shape[1]).short()
     sampling._launch_sample(logits, f, f.int(), f, f, slots, slots, (f, f, f, slots.int(), counts))
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int(), ())
-assert len(set(compiled)) == 21, set(compiled)
+assert len(set(compiled)) == 22, set(compiled)
 """
 
 

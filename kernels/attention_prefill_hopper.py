@@ -1,0 +1,627 @@
+"""Prefill attention for Hopper GPUs: one warp loads, the others compute. See `attention_prefill` for what it computes.
+
+FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2407.08608) over the paged cache, in Gluon, Triton's language
+for kernels that say which warp does what. One warp has the tensor memory accelerator copy tiles of keys and values to
+shared memory, as far ahead as there is room. Two groups of four warps take half of a tile's query rows each: while one
+is at its softmax the tensor cores have the other's products, and within a group the product of the weights and values
+of one tile goes on during the softmax of the next.
+
+A program stays on each multiprocessor. It begins with an item of its own, a tile of queries of one KV head, and then
+draws items from those that are left, so that long and short ones even out. The loading warp goes on to the next item's
+keys while this one's are computed; its queries are fetched meanwhile, too.
+
+A row's result does not depend on where its chunk begins, nor on which program computes it.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mini_infer.kernels.common import ALIGNMENT, INTERPRET, multiprocessors
+
+_BLOCK_M = 128  # query rows of a tile: tokens times query heads of a KV head
+_BLOCK_N = 128  # tokens of the context in a tile
+_STAGES = 2  # tiles of keys, and as many of values, in shared memory
+_BOX_ROWS = 16  # tokens of a block that one copy takes at most
+_BOX_DIMS = 64  # elements of a head that one copy takes: the 128 bytes over which shared memory is swizzled
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 40  # of a thread; what a multiprocessor has for 12 warps is used up
+
+
+@functools.cache
+def _on_hopper() -> bool:
+    """Whether kernels are compiled for a Hopper GPU, by a Triton whose Gluon is the one used here."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return not INTERPRET and version >= (3, 6) and int(triton.runtime.driver.active.get_current_target().arch) == 90
+
+
+def supports(query: Tensor, key_cache: Tensor) -> bool:
+    """Whether this kernel takes the arguments; otherwise that of `attention_prefill` does."""
+    _, num_heads, head_dim = query.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    stride_block, stride_head, stride_slot, _ = key_cache.stride()
+    return (
+        _on_hopper()
+        and query.element_size() == 2
+        and head_dim in (64, 128)
+        and num_heads // num_kv_heads <= _BLOCK_M
+        and block_size >= 8  # shared memory is swizzled over 8 rows
+        and block_size & (block_size - 1) == 0
+        and stride_block % stride_slot == 0
+        and stride_head % stride_slot == 0
+        and all(stride % 16 == 0 for stride in (stride_slot, query.stride(0), query.stride(1)))
+        and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (query, key_cache))
+    )
+
+
+class Work(NamedTuple):
+    """The items of a launch: the tiles of queries, once for each KV head."""
+
+    context_len_ptr: Any
+    start_loc_ptr: Any
+    drawn_ptr: Any  # [1] int32: items that were drawn
+    num_seqs: Any
+    num_kv_heads: Any
+    items: Any
+
+
+class Item(NamedTuple):
+    """A tile of queries of one KV head."""
+
+    number: Any  # one past the last: no item
+    kv_head: Any
+    seq: Any
+    q_start: Any  # the sequence's first token, and its number of tokens
+    q_len: Any
+    first: Any  # this tile's first token within the sequence, or one past its last: there is no such tile
+    length: Any  # of the context
+
+
+class Channel(NamedTuple):
+    """What the next two items are, from the loading warp to the computing groups."""
+
+    smem: Any  # [2 * fields, 1] int32
+    told: Any  # [2, 1] barriers
+    heard: Any
+
+
+class Ring(NamedTuple):
+    """Tiles of keys and values, from the loading warp to the computing groups."""
+
+    key_tiles: Any  # [STAGES, BLOCK_N, HEAD_DIM]
+    value_tiles: Any
+    key_ready: Any  # [STAGES, 1] barriers
+    key_free: Any
+    value_ready: Any
+    value_free: Any
+    cut_ready: Any  # [1] barrier: a tile of values that is not ready yet
+
+
+@gluon.jit
+def _find(number, work, BLOCK_Q: gl.constexpr):
+    """The item of this number, a sequence's longest first."""
+    from_end = gl.maximum(work.items - 1 - number, 0)
+    tile = from_end // work.num_kv_heads
+    low = tile * 0
+    high = low + work.num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(work.start_loc_ptr + middle).to(gl.int32) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    q_start = gl.load(work.start_loc_ptr + low).to(gl.int32)
+    q_len = gl.load(work.start_loc_ptr + low + 1).to(gl.int32) - q_start
+    first = (tile - q_start // BLOCK_Q - low) * BLOCK_Q
+    length = gl.load(work.context_len_ptr + low).to(gl.int32)
+    return Item(number, from_end % work.num_kv_heads, low, q_start, q_len, first, length)
+
+
+@gluon.jit
+def _draw(work):
+    """The number of an item that no program has, or one past the last."""
+    return gl.num_programs(0) + gl.atomic_add(work.drawn_ptr, 1, sem="relaxed")
+
+
+@gluon.jit
+def _take(number, work, BLOCK_Q: gl.constexpr):
+    """This item, or if it has no tokens the next one drawn that has."""
+    item = _find(number, work, BLOCK_Q)
+    while (item.number < work.items) & (item.first >= item.q_len):
+        item = _find(_draw(work), work, BLOCK_Q)
+    return item
+
+
+@gluon.jit
+def _announce(item, turn, channel):
+    """Tells the computing groups what the turn-th item of this program is."""
+    mbarrier.wait(channel.heard.index(turn % 2), turn // 2 + 1 & 1)
+    one = gl.full([1], 1, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for field in gl.static_range(7):
+        channel.smem.index(turn % 2 * 7 + field).store(one * item[field])
+    mbarrier.arrive(channel.told.index(turn % 2))
+
+
+@gluon.jit
+def _hear(field, turn, channel):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(channel.smem.index(turn % 2 * 7 + field).load(layout), axis=0)
+
+
+@gluon.jit
+def _listen(turn, channel):
+    """The turn-th item of this program."""
+    mbarrier.wait(channel.told.index(turn % 2), turn // 2 & 1)
+    item = Item(
+        _hear(0, turn, channel),
+        _hear(1, turn, channel),
+        _hear(2, turn, channel),
+        _hear(3, turn, channel),
+        _hear(4, turn, channel),
+        _hear(5, turn, channel),
+        _hear(6, turn, channel),
+    )
+    mbarrier.arrive(channel.heard.index(turn % 2))
+    return item
+
+
+@gluon.jit
+def _tiles(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl.constexpr):
+    """The tiles of keys that a tile of queries visits.
+
+    Returns:
+        (the first, the first that some row sees only a part of, one past the last, one past the last position)
+    """
+    before = item.length - item.q_len  # tokens before the chunk
+    lowest = before + item.first
+    end = before + gl.minimum(item.first + BLOCK_Q, item.q_len)
+    start = lowest * 0
+    diagonal = (lowest + 1) // BLOCK_N
+    if SLIDING_WINDOW > 0:
+        start = gl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N
+        diagonal = start
+    return start, diagonal, gl.cdiv(end, BLOCK_N), end
+
+
+@gluon.jit
+def _copy_tile(cache, rows, ready, boxes, first_box, BOXES: gl.constexpr, HALVES: gl.constexpr):
+    """Begins to copy a tile to the boxes from `first_box` on, [HALVES, BOXES]; it is there when `ready` completes."""
+    mbarrier.expect(ready, BOXES * HALVES * cache.block_type.shape[0] * cache.block_type.shape[1] * 2)
+    for box in gl.static_range(BOXES):
+        for half in gl.static_range(HALVES):
+            target = boxes.index(first_box + half * BOXES + box)
+            tma.async_copy_global_to_shared(cache, [rows[box], half * cache.block_type.shape[1]], ready, target)
+
+
+@gluon.jit
+def _load_partition(
+    keys,  # the caches, as rows of one token and head each: [rows, HEAD_DIM]
+    values,
+    block_table_ptr,
+    rows_block,  # rows from one block to the next, and from one head to the next
+    rows_head,
+    table_stride,
+    work,
+    channel,
+    ring,
+    SLIDING_WINDOW: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The loading warp: draws the items, and copies the tiles of keys and values that they visit."""
+    ROWS: gl.constexpr = keys.block_type.shape[0]
+    DIMS: gl.constexpr = keys.block_type.shape[1]
+    BOXES: gl.constexpr = BLOCK_N // ROWS
+    HALVES: gl.constexpr = HEAD_DIM // DIMS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    key_boxes = ring.key_tiles._reinterpret(keys.dtype, [STAGES * HALVES * BOXES, ROWS, DIMS], keys.layout)
+    value_boxes = ring.value_tiles._reinterpret(keys.dtype, [STAGES * HALVES * BOXES, ROWS, DIMS], keys.layout)
+    step = 0  # tiles so far
+    turn = 0  # items so far
+    cuts = 0
+    item = _take(gl.program_id(0), work, BLOCK_Q)
+    _announce(item, turn, channel)
+    next_item = _take(_draw(work), work, BLOCK_Q)
+    while item.number < work.items:
+        turn += 1
+        _announce(next_item, turn, channel)
+        drawn = _draw(work)  # used at the end: it takes a while
+        start, _diagonal, stop, end = _tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        table = block_table_ptr + item.seq.to(gl.int64) * table_stride
+        for tile in range(start, stop):
+            rows = ()
+            for box in gl.static_range(BOXES):
+                position = tile * BLOCK_N + box * ROWS
+                block = gl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(gl.int32)
+                row = block * rows_block + item.kv_head * rows_head + position % BLOCK_SIZE
+                row = gl.where(position < end, row, -ROWS)  # outside of the cache: zeros are copied
+                rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+            stage = step % STAGES
+            first_box = stage * HALVES * BOXES
+            mbarrier.wait(ring.key_free.index(stage), step // STAGES + 1 & 1)
+            _copy_tile(keys, rows, ring.key_ready.index(stage), key_boxes, first_box, BOXES, HALVES)
+            mbarrier.wait(ring.value_free.index(stage), step // STAGES + 1 & 1)
+            if (tile + 1 == stop) & (end % ROWS > 0):
+                # What follows the last position in its box may be anything; its weights are 0, and 0 times it must be.
+                _copy_tile(values, rows, ring.cut_ready, value_boxes, first_box, BOXES, HALVES)
+                mbarrier.wait(ring.cut_ready, cuts & 1)
+                cuts += 1
+                inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) < end % ROWS
+                for half in gl.static_range(HALVES):
+                    cut = value_boxes.index(first_box + half * BOXES + end % BLOCK_N // ROWS)
+                    value = cut.load(layout)
+                    cut.store(gl.where(inside[:, None], value, gl.zeros_like(value)))
+                fence_async_shared()
+                mbarrier.arrive(ring.value_ready.index(stage))
+            else:
+                _copy_tile(values, rows, ring.value_ready.index(stage), value_boxes, first_box, BOXES, HALVES)
+            step += 1
+        item = next_item
+        next_item = _take(drawn, work, BLOCK_Q)
+
+
+@gluon.jit
+def _places(item, rows, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """The token and the query head of each row of a tile of queries, and whether there are such."""
+    local = item.first + rows // GROUP
+    inside = (rows < BLOCK_Q * GROUP) & (local < item.q_len)
+    return (item.q_start + local).to(gl.int64), item.kv_head * GROUP + rows % GROUP, inside
+
+
+@gluon.jit
+def _fetch_queries(item, query_ptr, stride_token, stride_head, rows, dims, GROUP: gl.constexpr, BLOCK_Q, smem, ready):
+    """Begins to copy a group's query rows; they are there when `ready` completes."""
+    token, head, inside = _places(item, rows, GROUP, BLOCK_Q)
+    source = (token * stride_token + head * stride_head)[:, None] + dims[None, :]
+    async_copy.async_copy_global_to_shared(smem, query_ptr + source, mask=inside[:, None])
+    async_copy.mbarrier_arrive(ready, increment_count=False)
+
+
+@gluon.jit
+def _softmax(
+    scores,  # [ROWS, BLOCK_N]
+    highest,  # [ROWS]
+    total,  # [ROWS]
+    tile,
+    position,  # [ROWS]
+    scale_log2,
+    MASKED: gl.constexpr,
+    SLIDING_WINDOW: gl.constexpr,
+):
+    """One step of the online softmax: (weights, highest, total, what the sums so far are to be multiplied with)."""
+    if MASKED:
+        BLOCK_N: gl.constexpr = scores.shape[1]
+        target = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores.type.layout))
+        visible = target[None, :] <= position[:, None]
+        if SLIDING_WINDOW > 0:
+            visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
+        scores = gl.where(visible, scores, float("-inf"))
+    new_highest = gl.maximum(highest, gl.max(scores, axis=1) * scale_log2)
+    # A row may see nothing of this tile and of those before it: subtract 0, not -inf.
+    shift = gl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = gl.exp2(gl.fma(scores, gl.full_like(scores, scale_log2), gl.zeros_like(scores) - shift[:, None]))
+    rescale = gl.exp2(highest - shift)
+    return weights, new_highest, total * rescale + gl.sum(weights, axis=1), rescale
+
+
+@gluon.jit
+def _compute_partition(
+    PART: gl.constexpr,
+    query_ptr,
+    out_ptr,
+    num_heads,
+    q_stride_token,
+    q_stride_head,
+    scale,
+    items,
+    channel,
+    ring,
+    query_smem,  # [2 * 2, ROWS, HEAD_DIM]: of this item and the next one, for both groups
+    query_ready,
+    SLIDING_WINDOW: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A computing group: attention of the rows PART * ROWS and following of every tile of queries."""
+    ROWS: gl.constexpr = query_smem.shape[1]
+    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    lanes: gl.constexpr = HEAD_DIM // 8
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, row_layout))
+    local = (PART * ROWS + gl.arange(0, ROWS, layout=score_rows)) // GROUP
+    scale_log2 = scale * 1.4426950408889634  # exp2 is the hardware's exponential
+
+    step = 0  # tiles so far
+    turn = 0  # items so far
+    item = _listen(turn, channel)
+    _fetch_queries(
+        item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, query_smem.index(PART), query_ready
+    )
+    while item.number < items:
+        query = query_smem.index(turn % 2 * 2 + PART)
+        start, diagonal, stop, _end = _tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        position = item.length - item.q_len + item.first + local  # [ROWS]
+        highest = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
+        total = gl.zeros([ROWS], gl.float32, score_rows)
+        scores = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+        out = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        mbarrier.wait(query_ready, turn & 1)
+        fence_async_shared()  # these copies are the threads' own
+        mbarrier.wait(ring.key_ready.index(step % STAGES), step // STAGES & 1)
+        key = ring.key_tiles.index(step % STAGES).permute((1, 0))
+        scores = warpgroup_mma(query, key, scores, use_acc=False, is_async=True)
+        turn += 1
+        next_item = _listen(turn, channel)
+        place = query_smem.index(turn % 2 * 2 + PART)
+        _fetch_queries(
+            next_item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, place, query_ready
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(ring.key_free.index(step % STAGES))
+        weights, highest, total, rescale = _softmax(
+            scores, highest, total, start, position, scale_log2, True, SLIDING_WINDOW
+        )
+        weights = gl.convert_layout(weights.to(dtype), weight_layout)
+        for masked in gl.static_range(0 if SLIDING_WINDOW == 0 else 1, 2):
+            begin = start + 1 if masked == 0 else gl.maximum(diagonal, start + 1)
+            for tile in range(begin, diagonal if masked == 0 else stop):
+                value_stage = step % STAGES
+                value_phase = step // STAGES & 1
+                step += 1
+                mbarrier.wait(ring.key_ready.index(step % STAGES), step // STAGES & 1)
+                key = ring.key_tiles.index(step % STAGES).permute((1, 0))
+                scores = warpgroup_mma(query, key, scores, use_acc=False, is_async=True)
+                out = out * gl.convert_layout(rescale, out_rows)[:, None]
+                mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
+                out = warpgroup_mma(weights, ring.value_tiles.index(value_stage), out, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(ring.key_free.index(step % STAGES))
+                new_weights, highest, total, rescale = _softmax(
+                    scores, highest, total, tile, position, scale_log2, masked == 1, SLIDING_WINDOW
+                )
+                new_weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
+                # Complete since long, but a branch: without one the assembler puts the softmax behind the next wait.
+                mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
+                out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
+                mbarrier.arrive(ring.value_free.index(value_stage))
+                weights = new_weights
+        out = out * gl.convert_layout(rescale, out_rows)[:, None]
+        mbarrier.wait(ring.value_ready.index(step % STAGES), step // STAGES & 1)
+        out = warpgroup_mma(weights, ring.value_tiles.index(step % STAGES), out, is_async=True)
+        out, weights = warpgroup_mma_wait(0, deps=[out, weights])
+        mbarrier.arrive(ring.value_free.index(step % STAGES))
+        step += 1
+
+        share = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0 only in rows that are not stored
+        out = out * gl.convert_layout(share, out_rows)[:, None]
+        query.store(out.to(dtype))  # its place is free now; from there whole rows are stored
+        token, head, inside = _places(item, rows, GROUP, BLOCK_Q)
+        target = ((token * num_heads + head) * HEAD_DIM)[:, None] + dims[None, :]
+        gl.store(out_ptr + target, query.load(row_layout), mask=inside[:, None])
+        item = next_item
+    mbarrier.wait(query_ready, turn & 1)  # nothing may be under way when the program ends
+
+
+@gluon.jit
+def _hopper_prefill_kernel(
+    query_ptr,  # [num_tokens, num_heads, HEAD_DIM], strided
+    keys,  # the caches, as rows of one token and head each: [rows, HEAD_DIM]
+    values,
+    block_table_ptr,  # [num_seqs, max_blocks]
+    context_len_ptr,  # [num_seqs]
+    start_loc_ptr,  # [num_seqs + 1]
+    drawn_ptr,  # [1] int32, 0
+    out_ptr,  # [num_tokens, num_heads, HEAD_DIM] contiguous
+    items,
+    num_seqs,
+    num_heads,
+    num_kv_heads,
+    q_stride_token,
+    q_stride_head,
+    rows_block,
+    rows_head,
+    table_stride,
+    scale,
+    SLIDING_WINDOW: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    COMPUTE_REGISTERS: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    query_smem = gl.allocate_shared_memory(dtype, [4, BLOCK_M // 2, HEAD_DIM], keys.layout)
+    key_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
+    value_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
+    item_smem = gl.allocate_shared_memory(gl.int32, [14, 1], bars)
+    query_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)  # of each group
+    item_told = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    item_heard = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    cut_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
+    mbarrier.init(cut_ready, count=1)
+    for index in gl.static_range(2):
+        mbarrier.init(query_ready.index(index), count=128)  # threads of a group
+        mbarrier.init(item_told.index(index), count=1)
+        mbarrier.init(item_heard.index(index), count=2)  # groups
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_ready.index(stage), count=1)
+        mbarrier.init(key_free.index(stage), count=2)
+        mbarrier.init(value_ready.index(stage), count=1)
+        mbarrier.init(value_free.index(stage), count=2)
+    work = Work(context_len_ptr, start_loc_ptr, drawn_ptr, num_seqs, num_kv_heads, items)
+    channel = Channel(item_smem, item_told, item_heard)
+    ring = Ring(key_smem, value_smem, key_ready, key_free, value_ready, value_free, cut_ready)
+    # The arguments are spelt out where they are passed: in a variable, the constants would become values.
+    gl.warp_specialize(
+        [
+            (
+                _compute_partition,
+                (
+                    gl.constexpr(0),
+                    query_ptr,
+                    out_ptr,
+                    num_heads,
+                    q_stride_token,
+                    q_stride_head,
+                    scale,
+                    items,
+                    channel,
+                    ring,
+                    query_smem,
+                    query_ready.index(0),
+                    SLIDING_WINDOW,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_Q,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
+            (
+                _compute_partition,
+                (
+                    gl.constexpr(1),
+                    query_ptr,
+                    out_ptr,
+                    num_heads,
+                    q_stride_token,
+                    q_stride_head,
+                    scale,
+                    items,
+                    channel,
+                    ring,
+                    query_smem,
+                    query_ready.index(1),
+                    SLIDING_WINDOW,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_Q,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
+            (
+                _load_partition,
+                (
+                    keys,
+                    values,
+                    block_table_ptr,
+                    rows_block,
+                    rows_head,
+                    table_stride,
+                    work,
+                    channel,
+                    ring,
+                    SLIDING_WINDOW,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                    BLOCK_Q,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [COMPUTE_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+def _describe(cache: Tensor) -> TensorDescriptor:
+    """A cache as rows of one token and head each, of which a box is copied at a time."""
+    num_blocks, _, block_size, head_dim = cache.shape
+    stride_block, _, stride_slot, _ = cache.stride()
+    rows = num_blocks * stride_block // stride_slot
+    box = [min(_BOX_ROWS, block_size), _BOX_DIMS]
+    return TensorDescriptor(cache, [rows, head_dim], [stride_slot, 1], box, gl.NVMMASharedLayout(128, 16, 2))
+
+
+def launch_hopper_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    sliding_window: int,
+    out: Tensor,
+) -> None:
+    """Compute prefill attention into `out`, contiguous and of the shape of query.
+
+    The other arguments are those of `paged_prefill_attention`, of which `supports` is true, with block tables of stride
+    1 and contiguous lengths and starts.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    num_seqs = context_lens.shape[0]
+    group = num_heads // num_kv_heads
+    block_q = _BLOCK_M // group
+    items = (num_tokens // block_q + num_seqs) * num_kv_heads
+    stride_block, stride_head, stride_slot, _ = key_cache.stride()
+    _hopper_prefill_kernel[(min(items, multiprocessors(query.device)),)](
+        query,
+        _describe(key_cache),
+        _describe(value_cache),
+        block_tables,
+        context_lens,
+        query_start_loc,
+        torch.zeros((1,), dtype=torch.int32, device=query.device),
+        out,
+        items,
+        num_seqs,
+        num_heads,
+        num_kv_heads,
+        query.stride(0),
+        query.stride(1),
+        stride_block // stride_slot,
+        stride_head // stride_slot,
+        block_tables.stride(0),
+        scale,
+        SLIDING_WINDOW=sliding_window,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_Q=block_q,
+        BLOCK_N=_BLOCK_N,
+        STAGES=_STAGES,
+        COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
+        LOAD_REGISTERS=_LOAD_REGISTERS,
+        num_warps=4,
+    )
