@@ -279,19 +279,24 @@ def _load_partition(
 
 
 @gluon.jit
-def _places(item, rows, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """The token and the query head of each row of a tile of queries, and whether there are such."""
-    local = item.first + rows // GROUP
-    inside = (rows < BLOCK_Q * GROUP) & (local < item.q_len)
-    return (item.q_start + local).to(gl.int64), item.kv_head * GROUP + rows % GROUP, inside
+def _query_places(item, rows, stride_token, stride_head, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """Where a tile's query rows are.
+
+    Returns:
+        (place of the first row, int64; of the others from there, [ROWS] int32; which of them there are)
+    """
+    start = (item.q_start + item.first).to(gl.int64) * stride_token + item.kv_head * GROUP * stride_head
+    local = rows // GROUP
+    inside = (rows < BLOCK_Q * GROUP) & (local < item.q_len - item.first)
+    return start, local * stride_token + rows % GROUP * stride_head, inside
 
 
 @gluon.jit
 def _fetch_queries(item, query_ptr, stride_token, stride_head, rows, dims, GROUP: gl.constexpr, BLOCK_Q, smem, ready):
     """Begins to copy a group's query rows; they are there when `ready` completes."""
-    token, head, inside = _places(item, rows, GROUP, BLOCK_Q)
-    source = (token * stride_token + head * stride_head)[:, None] + dims[None, :]
-    async_copy.async_copy_global_to_shared(smem, query_ptr + source, mask=inside[:, None])
+    start, place, inside = _query_places(item, rows, stride_token, stride_head, GROUP, BLOCK_Q)
+    source = query_ptr + start + (place[:, None] + dims[None, :])
+    async_copy.async_copy_global_to_shared(smem, source, mask=inside[:, None])
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
@@ -422,9 +427,9 @@ def _compute_partition(
         share = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0 only in rows that are not stored
         out = out * gl.convert_layout(share, out_rows)[:, None]
         query.store(out.to(dtype))  # its place is free now; from there whole rows are stored
-        token, head, inside = _places(item, rows, GROUP, BLOCK_Q)
-        target = ((token * num_heads + head) * HEAD_DIM)[:, None] + dims[None, :]
-        gl.store(out_ptr + target, query.load(row_layout), mask=inside[:, None])
+        first_place, place, inside = _query_places(item, rows, num_heads * HEAD_DIM, HEAD_DIM, GROUP, BLOCK_Q)
+        target = out_ptr + first_place + (place[:, None] + dims[None, :])
+        gl.store(target, query.load(row_layout), mask=inside[:, None])
         item = next_item
     mbarrier.wait(query_ready, turn & 1)  # nothing may be under way when the program ends
 
