@@ -15,11 +15,9 @@ A row's result does not depend on where its chunk begins, nor on which program c
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mini_infer.kernels.common import ALIGNMENT, INTERPRET, multiprocessors
+from mini_infer.kernels.common import ALIGNMENT, multiprocessors, on_hopper
 
 _BLOCK_M = 128  # query rows of a tile: tokens times query heads of a KV head
 _BLOCK_N = 128  # tokens of the context in a tile
@@ -43,20 +41,13 @@ _BOX_DIMS = 64  # elements of a head that one copy takes: the 128 bytes over whi
 _COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 40  # of a thread; what a multiprocessor has for 12 warps is used up
 
 
-@functools.cache
-def _on_hopper() -> bool:
-    """Whether kernels are compiled for a Hopper GPU, by a Triton whose Gluon is the one used here."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return not INTERPRET and version >= (3, 6) and int(triton.runtime.driver.active.get_current_target().arch) == 90
-
-
 def supports(query: Tensor, key_cache: Tensor) -> bool:
     """Whether this kernel takes the arguments; otherwise that of `attention_prefill` does."""
     _, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     stride_block, stride_head, stride_slot, _ = key_cache.stride()
     return (
-        _on_hopper()
+        on_hopper()
         and query.element_size() == 2
         and head_dim in (64, 128)
         and num_heads // num_kv_heads <= _BLOCK_M

@@ -20,6 +20,13 @@ ALIGNMENT = 16
 accelerator refuses it."""
 
 
+@functools.cache
+def on_hopper() -> bool:
+    """Whether kernels are compiled for a Hopper GPU, by a Triton whose Gluon is the one that is used here."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return not INTERPRET and version >= (3, 6) and int(triton.runtime.driver.active.get_current_target().arch) == 90
+
+
 def register_op(
     name: str,
     fake: Callable[..., Any],

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_infer.kernels.activation import silu_and_mul
+from mini_infer.kernels.common import on_hopper
 from mini_infer.kernels.linear_plan import LinearPlan, Role, Tile, Tiles, pick
 from mini_infer.kernels.norm import rmsnorm
 from mini_infer.kernels.skinny_linear import add_linear_op, norm_linear_op, skinny_linear_op
@@ -88,7 +89,8 @@ def with_tiles(weight: LinearWeight, plan: LinearPlan, role: Role) -> LinearWeig
     plain = weight.weight
     if plain is None or plain.device.type != "cuda" or plain.stride(1) != 1:
         return weight
-    return replace(weight, tiles=plan.tiles(weight.out_features, weight.in_features, role, plain.element_size()))
+    size = plain.element_size()
+    return replace(weight, tiles=plan.tiles(weight.out_features, weight.in_features, role, size, hopper=on_hopper()))
 
 
 def fold_norm(weight: Tensor, norm: Tensor) -> Tensor:

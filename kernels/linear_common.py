@@ -7,8 +7,10 @@ The squares are those of the x that passes through the program, or were left by 
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mini_infer.kernels.common import next_power_of_2
+from mini_infer.kernels.common import ALIGNMENT, next_power_of_2
+from mini_infer.kernels.linear_plan import Tile
 
 LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
 
@@ -16,6 +18,21 @@ LINE = tl.constexpr(64)  # entries of 16 bits in a cache line of 128 bytes
 def prefetched_columns(columns: int) -> int:
     """Of the weight columns that a program goes through, how many it fetches before it may begin; a power of two."""
     return min(1024, max(int(LINE.value), next_power_of_2(columns)))
+
+
+def check_tma(tile: Tile, **matrices: Tensor) -> None:
+    """The rows of these matrices [rows, cols] must lie as the tensor memory accelerator wants them.
+
+    Raises:
+        ValueError: they are not contiguous, or do not start at multiples of 16 bytes.
+    """
+    for name, matrix in matrices.items():
+        aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
+        if matrix.stride(1) != 1 or not aligned:
+            raise ValueError(
+                f"{tile} needs {name} with contiguous rows that start at multiples of {ALIGNMENT} bytes, got strides "
+                f"{matrix.stride()} and address {matrix.data_ptr():#x}"
+            )
 
 
 @triton.jit

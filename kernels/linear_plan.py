@@ -21,13 +21,16 @@ REDUCED_COLUMNS = 256
 MOST_PARTS = 64
 """Of sums of squares: programs that norm keep them in registers while they multiply."""
 
+BOX_COLUMNS = 64
+"""Columns of 16 bits that a hopper tile's copies take at once: the 128 bytes over which shared memory is swizzled."""
+
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
 MAX_NORMED_ROWS = 32
 """Of a dot tile: with 64 the tensor cores take x as they do in a tma tile, and it must not be read into registers."""
 PLANS = Path(__file__).parent / "plans"
 
-Kind = Literal["gemv", "dot", "halves", "tma", "whole"]
+Kind = Literal["gemv", "dot", "halves", "hopper", "tma", "whole"]
 Role = Literal["plain", "norm", "norm_gate", "add"]
 """What is done beside the product: nothing, the norm of x before it, silu(gate) * up after it as well, or adding it to
 a residual. The norm divides each row by its root mean square; its weight is part of the product's (`linear`)."""
@@ -35,7 +38,7 @@ a residual. The norm divides each row by its root mean square; its weight is par
 ShapeKey = tuple[int, int, Role]
 """(n, k, role): weight rows, weight columns, what is done beside the product."""
 
-_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "tma", "whole")
+_KINDS: tuple[Kind, ...] = ("gemv", "dot", "halves", "hopper", "tma", "whole")
 _ROLES: tuple[Role, ...] = ("plain", "norm", "norm_gate", "add")
 
 
@@ -45,21 +48,23 @@ class Tile:
 
     Attributes:
         kind: "gemv" multiplies and adds in registers, for up to 4 rows of x; "dot" uses tensor cores, for up to 64;
-            "tma" feeds them from shared memory, for any number, on GPUs from Hopper on. "whole" and "halves" are cuBLAS
-            for gate and up, at once or one after the other, which may fill the GPU's last wave of tiles better; of the
-            other fields only ``norms`` means something then.
-        block_n: Weight rows of a program (gate and up rows together when gated).
+            "tma" feeds them from shared memory, for any number, on GPUs from Hopper on; so does "hopper", on Hopper
+            GPUs only, with a warp that does nothing else. "whole" and "halves" are cuBLAS for gate and up, at once or
+            one after the other, which may fill the GPU's last wave of tiles better; of the other fields only ``norms``
+            means something then.
+        block_n: Weight rows of a program (gate and up rows together when gated); of a hopper tile 64, or 128 when
+            gated.
         block_k: Weight columns that are loaded at a time.
-        num_warps: Warps of a program.
+        num_warps: Warps of a program; of a hopper tile those that compute, 4.
         num_stages: Depth of the software pipeline over the columns.
         split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
         norms: Whether each program norms the rows of x for itself, where they are to be normed; else a kernel of its
             own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; the others need the sums of
             squares that the product before left (``leaves``), and after cuBLAS the activation's kernel norms. Not with
             ``split_k``.
-        block_m: Rows of x of a program; "tma" only.
+        block_m: Rows of x of a program; "tma" and "hopper" only, and for the latter at most 128.
         leaves: Whether it leaves the sums of squares of the rows that it added to, for a product that norms with them;
-            "dot" and "tma" only.
+            not "gemv".
     """
 
     kind: Kind
@@ -75,18 +80,23 @@ class Tile:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
-        if self.leaves and (self.norms or self.kind not in ("dot", "tma")):
-            raise ValueError(f"only a dot or tma tile that does not norm leaves squares, got {self}")
+        if self.leaves and (self.norms or not self.can_leave):
+            raise ValueError(f"only a tile of our own that is no gemv and does not norm leaves squares, got {self}")
         if self.is_library:
             return
-        least = {"gemv": 1, "dot": 16, "tma": 64}[self.kind]
-        bounds = [("block_n", least), ("block_k", 16), ("num_warps", 1)]
-        for name, low in [*bounds, ("block_m", 16)] if self.kind == "tma" else bounds:
+        copied = self.kind in ("tma", "hopper")
+        bounds = [("block_n", {"gemv": 1, "dot": 16}.get(self.kind, 64)), ("num_warps", 1)]
+        bounds += [("block_k", BOX_COLUMNS if self.kind == "hopper" else 16)]
+        for name, low in [*bounds, ("block_m", 16)] if copied else bounds:
             value = getattr(self, name)
             if value < low or value & (value - 1):
                 raise ValueError(f"{name} of a {self.kind} tile must be a power of two >= {low}, got {value}")
         if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
+        if self.kind == "hopper" and (
+            self.block_n > 128 or self.block_m > 128 or self.num_warps != 4 or self.split_k > 1
+        ):
+            raise ValueError(f"a hopper tile has at most 128 rows of either, 4 warps and all columns, got {self}")
         if self.norms and self.split_k > 1:
             raise ValueError(f"programs that share the columns cannot norm, got {self}")
 
@@ -94,6 +104,11 @@ class Tile:
     def is_library(self) -> bool:
         """Whether cuBLAS does the product."""
         return self.kind in ("whole", "halves")
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether its kernel can leave squares."""
+        return self.kind in ("dot", "tma", "hopper")
 
     @property
     def needs_squares(self) -> bool:
@@ -115,7 +130,7 @@ class Tile:
     def __str__(self) -> str:
         if self.is_library:
             return f"cuBLAS {self.kind}{' norms' if self.norms else ''}"
-        rows = f"{self.block_m}x" if self.kind == "tma" else ""
+        rows = f"{self.block_m}x" if self.block_m else ""
         text = f"{self.kind} {rows}{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         text += " norms" * self.norms + " leaves squares" * self.leaves
         return text if self.split_k == 1 else f"{text} k/{self.split_k}"
@@ -139,11 +154,19 @@ def pick(tiles: Tiles, m: int) -> Tile | None:
     return None
 
 
-def default_tile(m: int, n: int, k: int, role: Role, element_size: int) -> Tile | None:
+def default_tile(m: int, n: int, k: int, role: Role, element_size: int, *, hopper: bool) -> Tile | None:
     """A choice that was not measured for this shape: what did well on an H200 on others.
 
-    Up to 4 rows: one or a few weight rows a program with all their columns in flight. Up to 32: tensor-core tiles of 16
-    or 32 weight rows, deep in k, few warps. From 33 rows on cuBLAS is hard to beat, and so it is in float32.
+    Up to 4 rows: one or a few weight rows a program with all their columns in flight. From 5 to 64, on a Hopper GPU:
+    hopper tiles, as deep as shared memory allows; two programs share a multiprocessor where the weight has rows for
+    more than one each. Elsewhere up to 32: tensor-core tiles of 16 or 32 weight rows, deep in k, few warps. Above,
+    cuBLAS is hard to beat, and so it is in float32.
+
+    Args:
+        m, n, k: Rows of x; rows and columns of the weight.
+        role: What is done beside the product.
+        element_size: Bytes of an element of the weight.
+        hopper: Whether hopper tiles can be used.
     """
     if m <= MAX_GEMV_ROWS:
         block_k = max(16, 1 << (k - 1).bit_length())
@@ -152,11 +175,25 @@ def default_tile(m: int, n: int, k: int, role: Role, element_size: int) -> Tile 
         block_n = max(2 if role == "norm_gate" else 1, min(4, 4096 // block_k))
         norms = role in ("norm", "norm_gate") and m == 1 and block_k <= 2048  # much less than the product
         return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4, norms=norms)
-    if m > 32 or element_size != 2:
+    if m > MAX_DOT_ROWS or element_size != 2:
+        return None
+    if hopper and k % 8 == 0 and n % (16 if role == "norm_gate" else 8) == 0:
+        return _default_hopper_tile(m, n, role)
+    if m > 32:
         return None
     block_k = 256 if m <= 16 else 128
     block_n = 16 if n < 4096 else 32
     return Tile("dot", block_n, block_k, num_warps=2 if block_n * m <= 512 else 4, num_stages=4)
+
+
+def _default_hopper_tile(m: int, n: int, role: Role) -> Tile:
+    block_m = max(16, 1 << (m - 1).bit_length())
+    many = n > 16384
+    block_n = 128 if many and block_m == 64 and role == "norm_gate" else 64
+    kib = 104 if many and block_n == 64 else 200  # of shared memory
+    stages = min(8, kib * 1024 // (2 * 128 * (block_m + block_n)))
+    norms = role in ("norm", "norm_gate")
+    return Tile("hopper", block_n, 128, 4, stages, norms=norms, block_m=block_m, leaves=role == "add")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +210,20 @@ class LinearPlan:
     dtype: str = "bfloat16"
     measured: Mapping[ShapeKey, Mapping[int, Tile | None]] = field(default_factory=dict)
 
-    def choose(self, m: int, n: int, k: int, role: Role, element_size: int = 2) -> Tile | None:
-        """Tile of the product of x [m, k] and w [n, k]; None for cuBLAS."""
+    def choose(self, m: int, n: int, k: int, role: Role, element_size: int = 2, *, hopper: bool = False) -> Tile | None:
+        """Tile of the product of x [m, k] and w [n, k]; None for cuBLAS. Hopper tiles only where they can be used."""
         bucket = next((b for b in M_BUCKETS if m <= b), None)
         if bucket is None:
             return None
         by_rows = self.measured.get((n, k, role), {}) if element_size == 2 else {}
-        return by_rows[bucket] if bucket in by_rows else default_tile(bucket, n, k, role, element_size)
+        tile = by_rows.get(bucket)
+        if bucket in by_rows and (hopper or tile is None or tile.kind != "hopper"):
+            return tile
+        return default_tile(bucket, n, k, role, element_size, hopper=hopper)
 
-    def tiles(self, n: int, k: int, role: Role, element_size: int = 2) -> Tiles:
+    def tiles(self, n: int, k: int, role: Role, element_size: int = 2, *, hopper: bool = False) -> Tiles:
         """The choices of one weight, for every row count."""
-        return tuple(self.choose(m, n, k, role, element_size) for m in M_BUCKETS)
+        return tuple(self.choose(m, n, k, role, element_size, hopper=hopper) for m in M_BUCKETS)
 
     def to_json(self) -> str:
         """The plan as text."""

@@ -27,9 +27,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import ALIGNMENT, INTERPRET, cdiv, next_power_of_2
+from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import LINE, inverse_rms, prefetched_columns, row_squares
+from mini_infer.kernels.linear_common import LINE, check_tma, inverse_rms, prefetched_columns, row_squares
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
@@ -129,12 +129,6 @@ def _tma_kernel(
         tl.store(out_squares_ptr + tl.program_id(1) * m + rows, row_squares(out, mask), mask=rows < m)
 
 
-def can_use_tma(matrix: Tensor) -> bool:
-    """Whether the rows of a matrix [rows, cols] lie as the tensor memory accelerator wants them."""
-    aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
-    return matrix.stride(1) == 1 and aligned
-
-
 def launch_tma(
     rows: Tensor,
     weight: Tensor,
@@ -162,12 +156,7 @@ def launch_tma(
     Raises:
         ValueError: an operand that is not aligned.
     """
-    for name, matrix in (("x", rows), ("weight", weight)):
-        if not can_use_tma(matrix):
-            raise ValueError(
-                f"{tile} needs {name} with contiguous rows that start at multiples of {ALIGNMENT} bytes, got strides "
-                f"{matrix.stride()} and address {matrix.data_ptr():#x}"
-            )
+    check_tma(tile, x=rows, weight=weight)
     m, (n, k), split_k = rows.shape[0], weight.shape, tile.split_k
     whole = split_k == 1
     width = tile.block_n // 2 if gated and whole else tile.block_n

@@ -10,8 +10,9 @@ x: [..., k], weight: [n, k], bias: [n] or None, r: [..., n]; float32, float16 or
 that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
 The tile says which kernel does it: `gemv` in registers, for 1 to 4 rows (`linear_gemv`); `dot` on tensor cores through
-registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for 5 to 256 (`linear_tma`); `whole`
-and `halves` are cuBLAS, for gate and up together or one by one, and the activation's own kernel.
+registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for 5 to 256 (`linear_tma`), and
+`hopper` likewise with a warp that only loads (`linear_hopper`); `whole` and `halves` are cuBLAS, for gate and up
+together or one by one, and the activation's own kernel.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from mini_infer.kernels.activation import normed_silu_and_mul, silu_and_mul
 from mini_infer.kernels.common import register_op
 from mini_infer.kernels.linear_dot import launch_dot
 from mini_infer.kernels.linear_gemv import launch_gemv
+from mini_infer.kernels.linear_hopper import launch_hopper
 from mini_infer.kernels.linear_plan import (
     MAX_DOT_ROWS,
     MAX_GEMV_ROWS,
@@ -66,7 +68,8 @@ def launch_skinny_linear(
     eps: float = 0.0,
     squares: Tensor | None = None,
 ) -> Tensor:
-    """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma).
+    """One product with the tile that is named; x [..., k] of at most 4 (gemv) or 64 (dot) rows, or any number (tma,
+    hopper).
 
     A tile that norms divides each row of x by its root mean square first, with `eps` added to the mean. For this all
     but gemv and dot, which do not look at them, need the `squares` of the rows, [parts, rows] float32: parts of their
@@ -93,7 +96,7 @@ def launch_skinny_linear(
     elif tile.kind == "dot":
         launch_dot(rows, weight, bias, tile, gated, eps, out, None)
     else:
-        launch_tma(rows, weight, bias, tile, gated, eps, squares if tile.norms else None, out, None)
+        _COPYING[tile.kind](rows, weight, bias, tile, gated, eps, squares if tile.norms else None, out, None)
     return out
 
 
@@ -118,8 +121,11 @@ def launch_add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
     elif tile.kind == "dot":
         launch_dot(rows, weight, bias, tile, False, 0.0, residual, squares)
     else:
-        launch_tma(rows, weight, bias, tile, False, 0.0, None, residual, squares)
+        _COPYING[tile.kind](rows, weight, bias, tile, False, 0.0, None, residual, squares)
     return squares
+
+
+_COPYING = {"tma": launch_tma, "hopper": launch_hopper}  # tiles to shared memory
 
 
 def _as_rows(x: Tensor) -> Tensor:

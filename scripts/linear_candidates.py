@@ -138,12 +138,31 @@ def tma_tiles(problem: Problem) -> list[Tile]:
     ]
 
 
+def hopper_tiles(problem: Problem) -> list[Tile]:
+    """Candidates from shared memory with a warp that loads: (block_m, block_n, block_k, stages).
+
+    Those that need less than half of a multiprocessor's shared memory have it with another program, or the one before.
+    """
+    if problem.m <= 32:
+        rows = 16 if problem.m <= 16 else 32
+        sizes = [(rows, 64, 128, 8), (rows, 64, 128, 4), (rows, 64, 256, 4), (rows, 64, 256, 2)]
+        sizes += [(rows, 128, 64, 10), (rows, 128, 128, 5), (rows, 128, 128, 2)] if problem.gated else []
+    elif problem.m <= 64:
+        sizes = [(64, 64, 128, 6), (64, 64, 64, 12), (64, 64, 128, 3), (64, 64, 64, 6)]
+        sizes += [(64, 128, 128, 4), (64, 128, 128, 2), (64, 128, 64, 8)] if problem.gated else []
+    else:
+        sizes = [(128, 64, 64, 8), (128, 64, 128, 4), (64, 64, 128, 6), (64, 64, 64, 12)]
+        sizes += [(128, 128, 64, 6), (64, 128, 64, 8)] if problem.gated else []
+    return [Tile("hopper", n, k, 4, stages, block_m=m) for m, n, k, stages in sizes]
+
+
 def candidates(problem: Problem, quick: bool) -> list[Tile]:
     """What is worth measuring for this product."""
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
     dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
     tma = tma_tiles(problem) if problem.m > 2 else []
-    tiles = gemv[:2] + dot[:2] + tma[:2] if quick else gemv + dot + tma
+    hopper = hopper_tiles(problem) if problem.m > 2 else []
+    tiles = gemv[:2] + dot[:2] + tma[:2] + hopper[:2] if quick else gemv + dot + tma + hopper
     if problem.normed:
         can_norm = [
             tile for tile in tiles if tile.split_k == 1 and (tile.kind != "dot" or problem.m <= MAX_NORMED_ROWS)
@@ -167,7 +186,7 @@ Choice: TypeAlias = dict[str, Tile | None]
 
 def leaving(tile: Tile) -> Tile:
     """The tile as it is measured where it adds: with squares left, where it can leave them."""
-    return replace(tile, leaves=tile.kind in ("dot", "tma"))
+    return replace(tile, leaves=tile.can_leave)
 
 
 def cost(timing: Timing) -> float:
@@ -253,7 +272,7 @@ def _adding(tile: Tile | None, timings: Sequence[Timing], leaves: bool) -> Tile 
     """The kernel of a product that adds, with squares left or not; if it cannot leave them, the fastest that can."""
     if not leaves:
         return tile if tile is None else replace(tile, leaves=False)
-    if tile is None or tile.kind not in ("dot", "tma"):
+    if tile is None or not tile.can_leave:
         able = [timing for timing in timings if timing[1] is not None and timing[1].leaves]
         return min(able, key=cost)[1] if able else tile
     return replace(tile, leaves=True)

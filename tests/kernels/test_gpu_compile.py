@@ -84,6 +84,14 @@ for tile in (Tile("tma", 128, 64, 4, 3, block_m=16), Tile("tma", 128, 64, 8, 3, 
 for gated in (False, True):
     tile = Tile("tma", 128, 64, 4, 3, block_m=64, norms=True)
     skinny_linear.launch_skinny_linear(h, w, None, tile, gated=gated, eps=1e-6, squares=torch.ones(4, 40))
+tile = Tile("hopper", 64, 64, 4, 3, block_m=64)
+skinny_linear.launch_skinny_linear(h, w, w[:, 0].contiguous(), tile, gated=True)
+skinny_linear.launch_skinny_linear(
+    h, w, None, dataclasses.replace(tile, norms=True), gated=False, eps=1e-6, squares=torch.ones(4, 40)
+)
+for leaves in (False, True):
+    tile = dataclasses.replace(tile, leaves=leaves)
+    skinny_linear.launch_add_linear(torch.randn(40, 64).bfloat16(), h, w, None, tile)
 blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfloat16()
 block_copy._launch_gather_blocks(blocks, slots, staged)
 block_copy._launch_scatter_blocks(staged, slots, blocks)
@@ -95,7 +103,7 @@ for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.ra
     counts = torch.zeros(4, logits.shape[1]).short()
     sampling._launch_sample(logits, f, f.int(), f, f, slots, slots, (f, f, f, slots.int(), counts))
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int(), ())
-assert len(set(compiled)) == 22, set(compiled)
+assert len(set(compiled)) == 23, set(compiled)
 """
 
 

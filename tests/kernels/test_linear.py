@@ -440,6 +440,8 @@ def test_plan_on_the_gpu(assert_close, m, dtype):
         Tile("dot", 32, 128, 2, 4),
         Tile("tma", 128, 128, 4, 3, block_m=16),
         Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2),
+        Tile("hopper", 64, 128, 4, 4, block_m=16),
+        Tile("hopper", 64, 64, 4, 4, block_m=16, norms=True),
     ],
     ids=str,
 )
@@ -476,6 +478,9 @@ def test_captured_in_a_cuda_graph(tile, gated):
         (200, [Tile("tma", 64, 128, 4, 3, block_m=128), Tile("tma", 128, 64, 8, 3, block_m=256)]),
         (200, [Tile("tma", 64, 128, 4, 3, block_m=128, norms=True), Tile("tma", 128, 64, 8, 3, block_m=256)]),
         (64, [Tile("tma", 64, 128, 4, 4, block_m=64, norms=True), Tile("dot", 64, 128, 4, 3, split_k=4)]),
+        (16, [Tile("hopper", 64, 128, 4, 8, block_m=16, norms=True), Tile("hopper", 64, 256, 4, 4, block_m=16)]),
+        (16, [Tile("hopper", 64, 128, 4, 4, block_m=16), Tile("dot", 32, 128, 4, 3)]),
+        (100, [Tile("hopper", 64, 64, 4, 8, block_m=128, norms=True), Tile("hopper", 64, 64, 4, 5, block_m=64)]),
     ],
     ids=str,
 )

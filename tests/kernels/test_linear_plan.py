@@ -22,20 +22,36 @@ def test_pick_rounds_rows_up():
     assert pick((), 1) is None
 
 
-def test_default_tiles_are_valid():
+@pytest.mark.parametrize("hopper", [False, True], ids=["any GPU", "Hopper"])
+def test_default_tiles_are_valid(hopper):
     """For every shape a tile that the kernels take."""
     for m in M_BUCKETS:
         for n in (2, 100, 1024, 151936):
             for k in (1, 64, 100, 4096, 14336, 53248):
                 for role in ("plain", "norm", "norm_gate", "add"):
                     for element_size in (2, 4):
-                        tile = default_tile(m, n, k, role, element_size)
+                        tile = default_tile(m, n, k, role, element_size, hopper=hopper)
                         if tile is None:
                             continue
                         assert m <= (4 if tile.kind == "gemv" else 64)
                         assert tile.block_n >= (2 if role == "norm_gate" else 1)
                         assert not tile.norms or role in ("norm", "norm_gate")
+                        assert not tile.leaves or role == "add"
                         assert Tile.from_ints(tile.to_ints()) == tile
+                        if tile.kind == "hopper":
+                            assert hopper and k % 8 == 0 and n % 8 == 0 and element_size == 2
+                            assert m <= tile.block_m and tile.block_n <= (128 if role == "norm_gate" else 64)
+                            stage = 2 * tile.block_k * (tile.block_m + tile.block_n)
+                            assert tile.num_stages * stage + 2 * 64 * tile.block_m < 227 << 10, "shared memory"
+
+
+def test_hopper_tiles_only_where_they_can_be_used():
+    tile = Tile("hopper", 64, 128, 4, 8, block_m=16)
+    plan = LinearPlan("Some GPU", "bfloat16", {(96, 64, "add"): {16: tile}})
+    assert plan.choose(9, 96, 64, "add", hopper=True) == tile
+    assert plan.choose(9, 96, 64, "add") == default_tile(16, 96, 64, "add", 2, hopper=False)
+    assert {tile.kind for tile in plan.tiles(96, 64, "norm", hopper=True) if tile} == {"gemv", "hopper"}
+    assert {tile.kind for tile in plan.tiles(96, 64, "norm", element_size=4, hopper=True) if tile} == {"gemv"}
 
 
 def test_plan_on_disk(tmp_path):
@@ -50,8 +66,8 @@ def test_plan_on_disk(tmp_path):
     assert loaded.choose(9, 96, 64, "add") == tile
     assert loaded.choose(1, 96, 64, "norm") == GEMV
     assert loaded.choose(65, 96, 64, "add") is None
-    assert loaded.choose(2, 96, 64, "add") == default_tile(2, 96, 64, "add", 2)
-    assert loaded.choose(1, 96, 64, "add", element_size=4) == default_tile(1, 96, 64, "add", 4)
+    assert loaded.choose(2, 96, 64, "add") == default_tile(2, 96, 64, "add", 2, hopper=False)
+    assert loaded.choose(1, 96, 64, "add", element_size=4) == default_tile(1, 96, 64, "add", 4, hopper=False)
     for text in ("{}", "[", '{"gpu": "", "dtype": "", "shapes": [{"n": 1, "k": 1, "role": "?", "tiles": {}}]}'):
         with pytest.raises(ValueError, match="no plan of linear layers"):
             LinearPlan.from_json(text)
@@ -61,10 +77,12 @@ def test_shipped_plans_can_be_used():
     for path in PLANS.glob("*.json"):
         plan = LinearPlan.from_json(path.read_text())
         assert plan.gpu and plan.measured and LinearPlan.for_gpu(plan.gpu).gpu == plan.gpu
-        for (_, _, role), tiles in plan.measured.items():
+        for shape, tiles in plan.measured.items():
+            role = shape[2]
             for m, tile in tiles.items():
                 assert m in M_BUCKETS
                 if tile is not None:
+                    assert plan.choose(m, *shape, hopper=True) == tile
                     assert m <= {"gemv": 4, "dot": MAX_NORMED_ROWS if tile.norms else 64}.get(tile.kind, m)
                     assert not tile.norms or role in ("norm", "norm_gate")
                     assert not tile.is_library or role == "norm_gate"

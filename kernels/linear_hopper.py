@@ -1,0 +1,365 @@
+"""The matrix product with up to 256 rows on Hopper GPUs, one warp loading and four computing: `hopper` tiles.
+
+    product              = x @ weight.T + bias
+    gated                = silu(g) * u,  [g, u] = x @ weight.T + bias
+    with a residual      : r += x @ weight.T + bias
+
+x: [m, k], weight: [n, k], bias: [n] or None, r: [m, n]; float16 or bfloat16, starts and rows aligned to 16 bytes ->
+[m, n], or [m, n / 2] with the gate. Sums are float32, in the order of the columns.
+
+As in `linear_tma` a program computes weight_tile @ x_tile.T; here, in Gluon, one warp does nothing but have the tensor
+memory accelerator copy tiles to shared memory, as far ahead as there is room. It begins with the weight's, while the
+kernel before still runs, and adds x's when that is done: what the two overlap in is weights on their way from memory.
+The residual comes the same way, and results leave through shared memory, so that whole lines are written.
+
+With the gate a tile of the weight's rows holds 8 rows of the gate, the same 8 of up, the next 8 of the gate and so on:
+the layout of the sums then has a gate and its up in the same thread.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mini_infer.kernels import dependent_launch
+from mini_infer.kernels.common import cdiv, next_power_of_2, on_hopper
+from mini_infer.kernels.linear_common import check_tma
+from mini_infer.kernels.linear_plan import BOX_COLUMNS, Tile
+
+_REGISTERS = 128  # of a thread, so that two programs fit a multiprocessor; the loading warp gives most of its own away
+_LOAD_REGISTERS = 24  # that it keeps
+
+
+class Ring(NamedTuple):
+    """Tiles of x and of the weight, from the loading warp to the others. A stage has several boxes of columns."""
+
+    weight: Any  # [STAGES * BOXES, BLOCK_N, columns of a box]
+    x: Any  # [STAGES * BOXES, BLOCK_M, columns of a box]
+    ready: Any  # [STAGES, 1] barriers
+    free: Any
+
+
+@gluon.jit
+def _copy_weight(weight_tiles, step, stage, ring, BOXES: gl.constexpr, GATED: gl.constexpr):
+    """Begins to copy a stage's weight."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    COLUMNS: gl.constexpr = ring.weight.shape[2]
+    for box in gl.static_range(BOXES):
+        target = ring.weight.index(stage * BOXES + box)
+        column = (step * BOXES + box) * COLUMNS
+        if GATED:
+            target = target._reinterpret(weight_tiles.dtype, weight_tiles.block_type.shape, weight_tiles.layout)
+            place = [gl.program_id(1) * (BLOCK_N // 16), 0, 0, column]
+            tma.async_copy_global_to_shared(weight_tiles, place, ring.ready.index(stage), target)
+        else:
+            place = [gl.program_id(1) * BLOCK_N, column]
+            tma.async_copy_global_to_shared(weight_tiles, place, ring.ready.index(stage), target)
+
+
+@gluon.jit
+def _load_partition(
+    x_tiles,
+    weight_tiles,
+    out_tiles,
+    steps,
+    ring,
+    out_smem,
+    residual_ready,
+    BOXES: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATED: gl.constexpr,
+    ADD: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """The loading warp."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    BLOCK_M: gl.constexpr = ring.x.shape[1]
+    COLUMNS: gl.constexpr = ring.x.shape[2]
+    BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * BOXES * COLUMNS * 2
+    for step in range(gl.minimum(steps, STAGES)):
+        mbarrier.expect(ring.ready.index(step), BYTES)
+        _copy_weight(weight_tiles, step, step, ring, BOXES, GATED)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    if ADD:
+        mbarrier.expect(residual_ready, BLOCK_M * BLOCK_N * 2)
+        place = [gl.program_id(0) * BLOCK_M, gl.program_id(1) * BLOCK_N]
+        tma.async_copy_global_to_shared(out_tiles, place, residual_ready, out_smem)
+    for step in range(steps):
+        stage = step % STAGES
+        if step >= STAGES:
+            mbarrier.wait(ring.free.index(stage), step // STAGES + 1 & 1)
+            mbarrier.expect(ring.ready.index(stage), BYTES)
+            _copy_weight(weight_tiles, step, stage, ring, BOXES, GATED)
+        for box in gl.static_range(BOXES):
+            place = [gl.program_id(0) * BLOCK_M, (step * BOXES + box) * COLUMNS]
+            target = ring.x.index(stage * BOXES + box)
+            tma.async_copy_global_to_shared(x_tiles, place, ring.ready.index(stage), target)
+
+
+@gluon.jit
+def _compute_partition(
+    out_tiles,
+    bias_ptr,
+    x_squares_ptr,
+    out_squares_ptr,
+    m,
+    n,
+    k,
+    parts,
+    eps,
+    steps,
+    ring,
+    out_smem,
+    residual_ready,
+    scale_smem,
+    BOXES: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    NORMS: gl.constexpr,
+    BLOCK_PARTS: gl.constexpr,
+    ADD: gl.constexpr,
+    LEAVES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """The computing warps: the sums, and what follows them."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    BLOCK_M: gl.constexpr = ring.x.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    if NORMS:
+        part_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        part = gl.arange(0, BLOCK_PARTS, layout=gl.SliceLayout(1, part_layout))
+        row = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, part_layout))
+        known = (part < parts)[:, None] & (row < m)[None, :]
+        squares = gl.load(x_squares_ptr + (part * m)[:, None] + row[None, :], mask=known, other=0.0)
+        scale_smem.store(1.0 / gl.sqrt_rn(gl.sum(squares, axis=0) / k + eps))
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(ring.ready.index(stage), step // STAGES & 1)
+        for box in gl.static_range(BOXES):
+            weight = ring.weight.index(stage * BOXES + box)
+            acc = warpgroup_mma(weight, ring.x.index(stage * BOXES + box).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(BOXES, deps=[acc])  # the products of the stage before are done
+        if step > 0:
+            mbarrier.arrive(ring.free.index((step - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+
+    if NORMS:
+        acc = acc * scale_smem.load(gl.SliceLayout(0, layout))[None, :]
+    if HAS_BIAS:
+        j = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+        if GATED:
+            column = gl.program_id(1) * (BLOCK_N // 2) + j // 16 * 8 + j % 8
+            known = column < n // 2
+            column += j // 8 % 2 * (n // 2)
+        else:
+            column = gl.program_id(1) * BLOCK_N + j
+            known = column < n
+        acc = acc + gl.load(bias_ptr + column, mask=known, other=0.0).to(gl.float32)[:, None]
+    if GATED:
+        gate, up = gl.split(acc.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1)))
+        acc = (gate / (1.0 + gl.exp(-gate)) * up).reshape([BLOCK_N // 2, BLOCK_M])
+    out = gl.permute(acc, (1, 0))  # [BLOCK_M, columns of the result]
+    out_layout: gl.constexpr = out.type.layout
+    if ADD:
+        mbarrier.wait(residual_ready, 0)
+        out = out + out_smem.load(out_layout).to(gl.float32)
+    out = out.to(out_tiles.dtype)
+    out_smem.store(out)
+    fence_async_shared()
+    place = [gl.program_id(0) * BLOCK_M, gl.program_id(1) * out_smem.shape[1]]
+    tma.async_copy_shared_to_global(out_tiles, place, out_smem)
+    if LEAVES:
+        rows = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
+        # Columns past the end are 0: so are the weight's rows there, and what is added.
+        kept = out.to(gl.float32)
+        gl.store(out_squares_ptr + gl.program_id(1) * m + rows, gl.sum(kept * kept, axis=1), mask=rows < m)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["m", "parts"])
+def _hopper_linear_kernel(
+    x_tiles,  # [m, k] in boxes [BLOCK_M, 64]
+    weight_tiles,  # [n, k] in boxes [BLOCK_N, 64]; with the gate [n / 16, 2, 8, k] in boxes [BLOCK_N / 16, 2, 8, 64]
+    out_tiles,  # [m, n] or [m, n / 2]
+    bias_ptr,  # [n]
+    x_squares_ptr,  # with NORMS [parts, m] float32: parts of the sums of the squares of x
+    out_squares_ptr,  # with LEAVES [programs along n, m] float32: likewise of what out holds then
+    m,
+    n,
+    k,
+    parts,
+    eps,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BOXES: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    NORMS: gl.constexpr,
+    BLOCK_PARTS: gl.constexpr,
+    ADD: gl.constexpr,  # to what out holds
+    LEAVES: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    dtype: gl.constexpr = x_tiles.dtype
+    COLUMNS: gl.constexpr = x_tiles.block_type.shape[1]
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    weight_smem = gl.allocate_shared_memory(dtype, [STAGES * BOXES, BLOCK_N, COLUMNS], x_tiles.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * BOXES, BLOCK_M, COLUMNS], x_tiles.layout)
+    out_smem = gl.allocate_shared_memory(dtype, out_tiles.block_type.shape, out_tiles.layout)
+    scale_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    # The last is for the residual. Were it by itself its memory would be put to other use where there is no residual,
+    # and what is written over a barrier may be lost.
+    free = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], bars)
+    residual_ready = free.index(STAGES)
+    mbarrier.init(residual_ready, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    ring = Ring(weight_smem, x_smem, ready, free)
+    steps = gl.cdiv(k, BOXES * COLUMNS)
+    # The arguments are spelt out where they are passed: in a variable, the constants would become values.
+    gl.warp_specialize(
+        [
+            (
+                _compute_partition,
+                (
+                    out_tiles,
+                    bias_ptr,
+                    x_squares_ptr,
+                    out_squares_ptr,
+                    m,
+                    n,
+                    k,
+                    parts,
+                    eps,
+                    steps,
+                    ring,
+                    out_smem,
+                    residual_ready,
+                    scale_smem,
+                    BOXES,
+                    STAGES,
+                    GATED,
+                    HAS_BIAS,
+                    NORMS,
+                    BLOCK_PARTS,
+                    ADD,
+                    LEAVES,
+                    DEPENDENT,
+                ),
+            ),
+            (
+                _load_partition,
+                (
+                    x_tiles,
+                    weight_tiles,
+                    out_tiles,
+                    steps,
+                    ring,
+                    out_smem,
+                    residual_ready,
+                    BOXES,
+                    STAGES,
+                    GATED,
+                    ADD,
+                    DEPENDENT,
+                ),
+            ),
+        ],
+        [1],
+        [LOAD_REGISTERS],
+    )
+
+
+def launch_hopper(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    gated: bool,
+    eps: float,
+    x_squares: Tensor | None,
+    out: Tensor,
+    out_squares: Tensor | None,
+) -> None:
+    """out = the product, or with ``out_squares`` out += the product. Arguments as for `launch_tma`.
+
+    Raises:
+        ValueError: an operand of another type, width or alignment; not a Hopper GPU, or a Triton before 3.6.
+    """
+    width = out.shape[-1]
+    results = out.view(-1, width)
+    tile_width = tile.block_n // 2 if gated else tile.block_n
+    if not on_hopper():
+        raise ValueError(f"{tile} needs a GPU of compute capability 9.0 and Triton 3.6 or later")
+    if rows.element_size() != 2 or tile_width > BOX_COLUMNS or width % 8:
+        raise ValueError(
+            f"{tile} wants 16-bit types, columns of the result in eights and at most {BOX_COLUMNS} of them in a tile, "
+            f"got {rows.dtype}, {width} and {tile_width}"
+        )
+    check_tma(tile, x=rows, weight=weight, out=results)
+    m, (n, k) = rows.shape[0], weight.shape
+    stride = weight.stride(0)
+    layout = gl.NVMMASharedLayout(2 * BOX_COLUMNS, 16, 2)
+    if gated:
+        weight_tiles = TensorDescriptor(
+            weight,
+            [n // 16, 2, 8, k],
+            [8 * stride, width * stride, stride, 1],
+            [tile.block_n // 16, 2, 8, BOX_COLUMNS],
+            gl.NVMMASharedLayout(2 * BOX_COLUMNS, 16, 4),
+        )
+    else:
+        weight_tiles = TensorDescriptor(weight, [n, k], [stride, 1], [tile.block_n, BOX_COLUMNS], layout)
+    parts = 1 if x_squares is None else x_squares.shape[0]
+    _hopper_linear_kernel[(cdiv(m, tile.block_m), cdiv(width, tile_width))](
+        TensorDescriptor(rows, [m, k], [rows.stride(0), 1], [tile.block_m, BOX_COLUMNS], layout),
+        weight_tiles,
+        TensorDescriptor(
+            results, [m, width], [width, 1], [tile.block_m, tile_width], gl.NVMMASharedLayout(2 * tile_width, 16, 2)
+        ),
+        weight if bias is None else bias,
+        out if x_squares is None else x_squares,
+        out if out_squares is None else out_squares,
+        m,
+        n,
+        k,
+        parts,
+        eps,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BOXES=tile.block_k // BOX_COLUMNS,
+        STAGES=tile.num_stages,
+        GATED=gated,
+        HAS_BIAS=bias is not None,
+        NORMS=x_squares is not None,
+        BLOCK_PARTS=next_power_of_2(parts),
+        ADD=out_squares is not None,
+        LEAVES=out_squares is not None and len(out_squares) > 0,
+        LOAD_REGISTERS=_LOAD_REGISTERS,
+        num_warps=4,
+        maxnreg=_REGISTERS,
+        **dependent_launch.options(),
+    )

@@ -1,0 +1,154 @@
+"""The matrix products for Hopper GPUs: against the formula, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mini_infer.kernels import linear_hopper
+from mini_infer.kernels.linear_hopper import launch_hopper
+from mini_infer.kernels.linear_plan import Tile, square_parts
+from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
+
+EPS = 1e-5
+TILES = [
+    Tile("hopper", 64, 64, 4, 2, block_m=16),
+    Tile("hopper", 64, 64, 4, 8, block_m=32),
+    Tile("hopper", 64, 256, 4, 4, block_m=16),
+    Tile("hopper", 64, 128, 4, 6, block_m=64),
+    Tile("hopper", 64, 64, 4, 8, block_m=128),
+]
+GATED_TILES = [*TILES, Tile("hopper", 128, 64, 4, 4, block_m=32), Tile("hopper", 128, 64, 4, 6, block_m=128)]
+SHAPES = [(1, 48, 72), (19, 304, 104), (66, 128, 128), (150, 64, 1000)]  # m, n, k
+
+
+def on_the_gpu():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(0)
+
+
+def operands(m, n, k, dtype):
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    x *= torch.logspace(-1, 1, m, device="cuda").to(dtype)[:, None]
+    return x, (torch.randn(n, k, device="cuda") / k**0.5).to(dtype), torch.randn(n, device="cuda").to(dtype)
+
+
+def squares_of(x, parts=3):
+    return torch.stack([part.float().square().sum(-1) for part in x.tensor_split(parts, -1)])
+
+
+def expected(x, weight, bias=None, *, gated=False, normed=False):
+    x = x.double()
+    if normed:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+    both = x @ weight.double().T + (0.0 if bias is None else bias.double())
+    if not gated:
+        return both
+    gate, up = both.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(
+    ("tile", "gated"), [*((tile, False) for tile in TILES), *((tile, True) for tile in GATED_TILES)], ids=str
+)
+def test_products(assert_close, tile, gated, normed, dtype):
+    """With and without a bias, at sizes that no tile divides; nothing is written past the end."""
+    on_the_gpu()
+    tile = dataclasses.replace(tile, norms=normed)
+    for m, n, k in SHAPES:
+        x, weight, bias = operands(m, n, k, dtype)
+        for some_bias in (None, bias):
+            width = n // 2 if gated else n
+            around = torch.full((m + 2, width), float("nan"), device="cuda", dtype=dtype)
+            out = around[1:-1]
+            launch_hopper(x, weight, some_bias, tile, gated, EPS, squares_of(x) if normed else None, out, None)
+            assert_close(f"{m}x{n}x{k}", out, expected(x, weight, some_bias, gated=gated, normed=normed))
+            assert around[0].isnan().all() and around[-1].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_adds_to_a_residual(assert_close, tile, dtype):
+    """And leaves the squares of what it holds then."""
+    on_the_gpu()
+    for m, n, k in SHAPES:
+        x, weight, bias = operands(m, n, k, dtype)
+        residual = torch.randn(m, n, device="cuda").to(dtype)
+        for some_bias in (None, bias):
+            summed = residual.clone()
+            squares = launch_add_linear(summed, x, weight, some_bias, dataclasses.replace(tile, leaves=True))
+            assert_close(f"{m}x{n}x{k}", summed, residual.double() + expected(x, weight, some_bias))
+            padded = torch.nn.functional.pad(summed.double().square(), (0, -n % 64)).view(m, -1, 64)
+            assert len(squares) == square_parts(dataclasses.replace(tile, leaves=True), n)
+            assert_close("squares", squares, padded.sum(-1).T, 1e-5)
+            again = residual.clone()
+            assert len(launch_add_linear(again, x, weight, some_bias, tile)) == 0
+            assert torch.equal(again, summed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("tile", GATED_TILES, ids=str)
+def test_many_programs(assert_close, tile, normed):
+    """More than fit on the GPU at once: the same bits every time, also when the one before has just left."""
+    on_the_gpu()
+    tile = dataclasses.replace(tile, norms=normed)
+    x, weight, _ = operands(tile.block_m, 49152, 512, torch.bfloat16)
+    squares = squares_of(x) if normed else None
+    outs = [torch.full((len(x), 24576), float("nan"), device="cuda", dtype=x.dtype) for _ in range(20)]
+    for out in outs:
+        launch_hopper(x, weight, None, tile, True, EPS, squares, out, None)
+    assert_close("first", outs[0], expected(x, weight, gated=True, normed=normed))
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_rows_do_not_see_each_other(tile, gated):
+    """A row's result has the same bits in another place, beside other rows, and beside infinities."""
+    on_the_gpu()
+    x, weight, bias = operands(40, 304, 200, torch.bfloat16)
+    out = launch_skinny_linear(x, weight, bias, tile, gated=gated)
+    assert torch.equal(out.flip(0), launch_skinny_linear(x.flip(0), weight, bias, tile, gated=gated))
+    others = torch.cat([x[:7], torch.full_like(x[7:], float("inf"))])
+    assert torch.equal(out[:7], launch_skinny_linear(others, weight, bias, tile, gated=gated)[:7])
+
+
+@pytest.mark.gpu
+def test_takes_views(assert_close):
+    """Strided rows of x, a weight that is a part of another."""
+    on_the_gpu()
+    x, weight, _ = operands(9, 400, 512, torch.bfloat16)
+    x, weight = x[:, 64:320], weight[16:80, 8:264]
+    for gated in (False, True):
+        out = launch_skinny_linear(x, weight, None, TILES[1], gated=gated)
+        assert_close(f"gated {gated}", out, expected(x, weight, gated=gated))
+
+
+def test_refuses_what_it_cannot_do(monkeypatch):
+    x, weight = torch.zeros(3, 64).half(), torch.zeros(64, 64).half()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"needs a GPU of compute capability 9\.0"):
+            launch_skinny_linear(x, weight, None, TILES[0])
+    monkeypatch.setattr(linear_hopper, "on_hopper", lambda: True)
+    with pytest.raises(ValueError, match=r"wants 16-bit types.*got torch\.float32"):
+        launch_skinny_linear(x.float(), weight.float(), None, TILES[0])
+    with pytest.raises(ValueError, match=r"got torch\.float16, 60 and 64"):
+        launch_skinny_linear(x, weight[:60], None, TILES[0])
+    with pytest.raises(ValueError, match=r"got torch\.float16, 64 and 128"):
+        launch_skinny_linear(x, weight, None, GATED_TILES[-1])
+    with pytest.raises(ValueError, match="needs x with contiguous rows"):
+        launch_skinny_linear(torch.zeros(3, 68).half()[:, 4:], weight, None, TILES[0])
+    with pytest.raises(ValueError, match="at most 128 rows of either"):
+        Tile("hopper", 64, 64, 4, block_m=256)
+    with pytest.raises(ValueError, match="4 warps and all columns"):
+        Tile("hopper", 64, 64, 8, block_m=16)
+    with pytest.raises(ValueError, match="block_k of a hopper tile"):
+        Tile("hopper", 64, 32, 4, block_m=16)
