@@ -160,8 +160,7 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
     """What is worth measuring for this product."""
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
     dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
-    tma = tma_tiles(problem) if problem.m > 2 else []
-    hopper = hopper_tiles(problem) if problem.m > 2 else []
+    tma, hopper = tma_tiles(problem), hopper_tiles(problem)
     tiles = gemv[:2] + dot[:2] + tma[:2] + hopper[:2] if quick else gemv + dot + tma + hopper
     if problem.normed:
         can_norm = [
