@@ -1,8 +1,8 @@
 """Compiles kernels many at a time, before they are needed.
 
-Triton compiles a kernel at its first launch, on one core, while the launch waits. Within `compile_ahead` launches only
-ask for the compilation, which goes on in other threads: most of it releases Python's global lock. A launch that
-follows finds its kernel in memory.
+Triton compiles a kernel, and what launches it, at its first launch, on one core, while the launch waits. Within
+`compile_ahead` launches only ask for the compilation, which goes on in other threads: most of it releases Python's
+global lock. A launch that follows finds its kernel in memory.
 """
 
 import os
@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from triton import AsyncCompileMode
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mini_infer.kernels.common import INTERPRET
@@ -65,7 +66,7 @@ class _Compilations(AsyncCompileMode):  # type: ignore[misc]
     def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
         """Begin to compile a kernel, unless that is begun already. ``finalize_fn`` puts it where launches find it."""
         if key not in self._kernels:
-            self._kernels[key] = self.executor.submit(compile_fn), finalize_fn
+            self._kernels[key] = self.executor.submit(_compile_with_launcher, compile_fn), finalize_fn
 
     def finish(self, progress: Callable[[int, int], object]) -> None:
         """Wait for the kernels."""
@@ -74,6 +75,13 @@ class _Compilations(AsyncCompileMode):  # type: ignore[misc]
             if future.exception() is None:
                 finalizers[future](future.result())
             progress(done, len(finalizers))
+
+
+def _compile_with_launcher(compile_fn: Callable[[], Any]) -> Any:
+    """The kernel, and in Triton's cache what launches it: a C function, which Triton up to 3.6 compiles as well."""
+    kernel = compile_fn()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 @contextmanager

@@ -21,10 +21,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-launched, compiled = [], []
+launched, compiled, launchers = [], [], []
+
+def ahead():
+    return threading.current_thread().name.startswith("compile")
 
 class Launcher:
-    def __init__(self, src, metadata): self.name = src.name
+    def __init__(self, src, metadata):
+        self.name = src.name
+        launchers.append((src.name, ahead()))
     def __call__(self, *args): launched.append(self.name)
 
 class Utils:
@@ -40,7 +45,7 @@ class Driver:
 
 def listener(*, src, cache_hit, **_):
     assert not cache_hit
-    compiled.append((src.name, threading.current_thread().name.startswith("compile")))
+    compiled.append((src.name, ahead()))
 
 triton.runtime.driver.set_active(Driver())
 triton.knobs.compilation.listener = listener
@@ -87,6 +92,7 @@ with compile_ahead(lambda *args: progress.append(args)):
 assert JITFunction.run is run
 assert progress == [(done, 5) for done in range(1, 6)], progress
 assert sorted(compiled) == [("_tma_kernel", True), ("fill", False), *[("fill", True)] * 3], compiled
+assert sorted(launchers) == sorted(compiled), "launchers are made with their kernels"
 
 launch()
 launch_other()
@@ -171,7 +177,7 @@ decode_sizes, prefill_sizes, max_chunks = (1, 3, 4), (16, 48), 3
 runner.compile(decode_sizes, prefill_sizes, max_chunks=max_chunks)
 assert all(map(torch.equal, before, kept))
 assert launched == []
-assert len(compiled) > 10 and all(ahead for _, ahead in compiled), compiled
+assert len(compiled) > 10 and all(was_ahead for _, was_ahead in compiled), compiled
 
 compiled.clear()
 buffers = _prefill_buffers(prefill_sizes, max_chunks, block_size=16, max_blocks=4, state=state, device=cpu)
