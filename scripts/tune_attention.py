@@ -8,7 +8,8 @@ tables that together name more than the L2 cache holds), the tables shuffled ove
 float32 reference before it is timed. The kernels are compiled first, in one process per core, into Triton's cache.
 
 One configuration serves all batches of a model, so that a row's result does not depend on its neighbours: the ranking
-over all shapes at the end is what `decode_config` and `prefill_config` should follow.
+over all shapes at the end is what `decode_config` and `prefill_config` should follow. Prefill attention is measured in
+the portable kernel: the one for Hopper has a single configuration.
 """
 
 from __future__ import annotations
