@@ -6,16 +6,14 @@ shared memory, as far ahead as there is room. Two groups of four warps take half
 is at its softmax the tensor cores have the other's products, and within a group the product of the weights and values
 of one tile goes on during the softmax of the next.
 
-A program stays on each multiprocessor. It begins with an item of its own, a tile of queries of one KV head, and then
-draws items from those that are left, so that long and short ones even out. The loading warp goes on to the next item's
-keys while this one's are computed; its queries are fetched meanwhile, too.
+A program stays on each multiprocessor, and computes one tile of queries after another (`attention_prefill_items`). The
+loading warp (`attention_prefill_load`) goes on to the next one's keys while this one's are computed; its queries are
+fetched meanwhile, too.
 
 A row's result does not depend on where its chunk begins, nor on which program computes it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mini_infer.kernels.attention_prefill_items import Channel, Work, listen, tiles
+from mini_infer.kernels.attention_prefill_load import Ring, load_partition
 from mini_infer.kernels.common import ALIGNMENT, multiprocessors, on_hopper
 
 _BLOCK_M = 128  # query rows of a tile: tokens times query heads of a KV head
@@ -58,215 +57,6 @@ def supports(query: Tensor, key_cache: Tensor) -> bool:
         and all(stride % 16 == 0 for stride in (stride_slot, query.stride(0), query.stride(1)))
         and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (query, key_cache))
     )
-
-
-class Work(NamedTuple):
-    """The items of a launch: the tiles of queries, once for each KV head."""
-
-    context_len_ptr: Any
-    start_loc_ptr: Any
-    drawn_ptr: Any  # [1] int32: items that were drawn
-    num_seqs: Any
-    num_kv_heads: Any
-    items: Any
-
-
-class Item(NamedTuple):
-    """A tile of queries of one KV head."""
-
-    number: Any  # one past the last: no item
-    kv_head: Any
-    seq: Any
-    q_start: Any  # the sequence's first token, and its number of tokens
-    q_len: Any
-    first: Any  # this tile's first token within the sequence, or one past its last: there is no such tile
-    length: Any  # of the context
-
-
-class Channel(NamedTuple):
-    """What the next two items are, from the loading warp to the computing groups."""
-
-    smem: Any  # [2 * fields, 1] int32
-    told: Any  # [2, 1] barriers
-    heard: Any
-
-
-class Ring(NamedTuple):
-    """Tiles of keys and values, from the loading warp to the computing groups."""
-
-    key_tiles: Any  # [STAGES, BLOCK_N, HEAD_DIM]
-    value_tiles: Any
-    key_ready: Any  # [STAGES, 1] barriers
-    key_free: Any
-    value_ready: Any
-    value_free: Any
-    cut_ready: Any  # [1] barrier: a tile of values that is not ready yet
-
-
-@gluon.jit
-def _find(number, work, BLOCK_Q: gl.constexpr):
-    """The item of this number, a sequence's longest first."""
-    from_end = gl.maximum(work.items - 1 - number, 0)
-    tile = from_end // work.num_kv_heads
-    low = tile * 0
-    high = low + work.num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gl.load(work.start_loc_ptr + middle).to(gl.int32) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    q_start = gl.load(work.start_loc_ptr + low).to(gl.int32)
-    q_len = gl.load(work.start_loc_ptr + low + 1).to(gl.int32) - q_start
-    first = (tile - q_start // BLOCK_Q - low) * BLOCK_Q
-    length = gl.load(work.context_len_ptr + low).to(gl.int32)
-    return Item(number, from_end % work.num_kv_heads, low, q_start, q_len, first, length)
-
-
-@gluon.jit
-def _draw(work):
-    """The number of an item that no program has, or one past the last."""
-    return gl.num_programs(0) + gl.atomic_add(work.drawn_ptr, 1, sem="relaxed")
-
-
-@gluon.jit
-def _take(number, work, BLOCK_Q: gl.constexpr):
-    """This item, or if it has no tokens the next one drawn that has."""
-    item = _find(number, work, BLOCK_Q)
-    while (item.number < work.items) & (item.first >= item.q_len):
-        item = _find(_draw(work), work, BLOCK_Q)
-    return item
-
-
-@gluon.jit
-def _announce(item, turn, channel):
-    """Tells the computing groups what the turn-th item of this program is."""
-    mbarrier.wait(channel.heard.index(turn % 2), turn // 2 + 1 & 1)
-    one = gl.full([1], 1, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    for field in gl.static_range(7):
-        channel.smem.index(turn % 2 * 7 + field).store(one * item[field])
-    mbarrier.arrive(channel.told.index(turn % 2))
-
-
-@gluon.jit
-def _hear(field, turn, channel):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(channel.smem.index(turn % 2 * 7 + field).load(layout), axis=0)
-
-
-@gluon.jit
-def _listen(turn, channel):
-    """The turn-th item of this program."""
-    mbarrier.wait(channel.told.index(turn % 2), turn // 2 & 1)
-    item = Item(
-        _hear(0, turn, channel),
-        _hear(1, turn, channel),
-        _hear(2, turn, channel),
-        _hear(3, turn, channel),
-        _hear(4, turn, channel),
-        _hear(5, turn, channel),
-        _hear(6, turn, channel),
-    )
-    mbarrier.arrive(channel.heard.index(turn % 2))
-    return item
-
-
-@gluon.jit
-def _tiles(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl.constexpr):
-    """The tiles of keys that a tile of queries visits.
-
-    Returns:
-        (the first, the first that some row sees only a part of, one past the last, one past the last position)
-    """
-    before = item.length - item.q_len  # tokens before the chunk
-    lowest = before + item.first
-    end = before + gl.minimum(item.first + BLOCK_Q, item.q_len)
-    start = lowest * 0
-    diagonal = (lowest + 1) // BLOCK_N
-    if SLIDING_WINDOW > 0:
-        start = gl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N
-        diagonal = start
-    return start, diagonal, gl.cdiv(end, BLOCK_N), end
-
-
-@gluon.jit
-def _copy_tile(cache, rows, ready, boxes, first_box, BOXES: gl.constexpr, HALVES: gl.constexpr):
-    """Begins to copy a tile to the boxes from `first_box` on, [HALVES, BOXES]; it is there when `ready` completes."""
-    mbarrier.expect(ready, BOXES * HALVES * cache.block_type.shape[0] * cache.block_type.shape[1] * 2)
-    for box in gl.static_range(BOXES):
-        for half in gl.static_range(HALVES):
-            target = boxes.index(first_box + half * BOXES + box)
-            tma.async_copy_global_to_shared(cache, [rows[box], half * cache.block_type.shape[1]], ready, target)
-
-
-@gluon.jit
-def _load_partition(
-    keys,  # the caches, as rows of one token and head each: [rows, HEAD_DIM]
-    values,
-    block_table_ptr,
-    rows_block,  # rows from one block to the next, and from one head to the next
-    rows_head,
-    table_stride,
-    work,
-    channel,
-    ring,
-    SLIDING_WINDOW: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The loading warp: draws the items, and copies the tiles of keys and values that they visit."""
-    ROWS: gl.constexpr = keys.block_type.shape[0]
-    DIMS: gl.constexpr = keys.block_type.shape[1]
-    BOXES: gl.constexpr = BLOCK_N // ROWS
-    HALVES: gl.constexpr = HEAD_DIM // DIMS
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    key_boxes = ring.key_tiles._reinterpret(keys.dtype, [STAGES * HALVES * BOXES, ROWS, DIMS], keys.layout)
-    value_boxes = ring.value_tiles._reinterpret(keys.dtype, [STAGES * HALVES * BOXES, ROWS, DIMS], keys.layout)
-    step = 0  # tiles so far
-    turn = 0  # items so far
-    cuts = 0
-    item = _take(gl.program_id(0), work, BLOCK_Q)
-    _announce(item, turn, channel)
-    next_item = _take(_draw(work), work, BLOCK_Q)
-    while item.number < work.items:
-        turn += 1
-        _announce(next_item, turn, channel)
-        drawn = _draw(work)  # used at the end: it takes a while
-        start, _diagonal, stop, end = _tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
-        table = block_table_ptr + item.seq.to(gl.int64) * table_stride
-        for tile in range(start, stop):
-            rows = ()
-            for box in gl.static_range(BOXES):
-                position = tile * BLOCK_N + box * ROWS
-                block = gl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(gl.int32)
-                row = block * rows_block + item.kv_head * rows_head + position % BLOCK_SIZE
-                row = gl.where(position < end, row, -ROWS)  # outside of the cache: zeros are copied
-                rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
-            stage = step % STAGES
-            first_box = stage * HALVES * BOXES
-            mbarrier.wait(ring.key_free.index(stage), step // STAGES + 1 & 1)
-            _copy_tile(keys, rows, ring.key_ready.index(stage), key_boxes, first_box, BOXES, HALVES)
-            mbarrier.wait(ring.value_free.index(stage), step // STAGES + 1 & 1)
-            if (tile + 1 == stop) & (end % ROWS > 0):
-                # What follows the last position in its box may be anything; its weights are 0, and 0 times it must be.
-                _copy_tile(values, rows, ring.cut_ready, value_boxes, first_box, BOXES, HALVES)
-                mbarrier.wait(ring.cut_ready, cuts & 1)
-                cuts += 1
-                inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) < end % ROWS
-                for half in gl.static_range(HALVES):
-                    cut = value_boxes.index(first_box + half * BOXES + end % BLOCK_N // ROWS)
-                    value = cut.load(layout)
-                    cut.store(gl.where(inside[:, None], value, gl.zeros_like(value)))
-                fence_async_shared()
-                mbarrier.arrive(ring.value_ready.index(stage))
-            else:
-                _copy_tile(values, rows, ring.value_ready.index(stage), value_boxes, first_box, BOXES, HALVES)
-            step += 1
-        item = next_item
-        next_item = _take(drawn, work, BLOCK_Q)
 
 
 @gluon.jit
@@ -356,13 +146,13 @@ def _compute_partition(
 
     step = 0  # tiles so far
     turn = 0  # items so far
-    item = _listen(turn, channel)
+    item = listen(turn, channel)
     _fetch_queries(
         item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, query_smem.index(PART), query_ready
     )
     while item.number < items:
         query = query_smem.index(turn % 2 * 2 + PART)
-        start, diagonal, stop, _end = _tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        start, diagonal, stop, _end = tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
         position = item.length - item.q_len + item.first + local  # [ROWS]
         highest = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
         total = gl.zeros([ROWS], gl.float32, score_rows)
@@ -374,7 +164,7 @@ def _compute_partition(
         key = ring.key_tiles.index(step % STAGES).permute((1, 0))
         scores = warpgroup_mma(query, key, scores, use_acc=False, is_async=True)
         turn += 1
-        next_item = _listen(turn, channel)
+        next_item = listen(turn, channel)
         place = query_smem.index(turn % 2 * 2 + PART)
         _fetch_queries(
             next_item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, place, query_ready
@@ -533,7 +323,7 @@ def _hopper_prefill_kernel(
                 ),
             ),
             (
-                _load_partition,
+                load_partition,
                 (
                     keys,
                     values,
