@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mini_infer.kernels.attention_prefill_items import Channel, Work, listen, tiles
+from mini_infer.kernels.attention_prefill_items import LANES, Channel, Work, listen, tiles
 from mini_infer.kernels.attention_prefill_load import Ring, load_partition
 from mini_infer.kernels.common import ALIGNMENT, multiprocessors, on_hopper
 
@@ -251,7 +251,7 @@ def _hopper_prefill_kernel(
     query_smem = gl.allocate_shared_memory(dtype, [4, BLOCK_M // 2, HEAD_DIM], keys.layout)
     key_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
     value_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
-    item_smem = gl.allocate_shared_memory(gl.int32, [14, 1], bars)
+    item_smem = gl.allocate_shared_memory(gl.int32, [14, LANES], bars)
     query_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)  # of each group
     item_told = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     item_heard = gl.allocate_shared_memory(gl.int64, [2, 1], bars)

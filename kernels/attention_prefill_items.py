@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+LANES = gl.constexpr(32)
+
 
 class Work(NamedTuple):
     """The items of a launch: the tiles of queries, once for each KV head."""
@@ -40,7 +42,7 @@ class Item(NamedTuple):
 class Channel(NamedTuple):
     """What the next two items are, from the loading warp to the computing groups."""
 
-    smem: Any  # [2 * fields, 1] int32
+    smem: Any  # [2 * fields, LANES] int32: the first of each field counts
     told: Any  # [2, 1] barriers
     heard: Any
 
@@ -84,7 +86,8 @@ def take(number, work, BLOCK_Q: gl.constexpr):
 def announce(item, turn, channel):
     """Tells the computing groups what the turn-th item of this program is."""
     mbarrier.wait(channel.heard.index(turn % 2), turn // 2 + 1 & 1)
-    one = gl.full([1], 1, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    # Each lane has a place of its own to write to: what is read then comes from the lane that arrives at the barrier.
+    one = gl.full([LANES], 1, gl.int32, gl.BlockedLayout([1], [LANES], [gl.num_warps()], [0]))
     for field in gl.static_range(7):
         channel.smem.index(turn % 2 * 7 + field).store(one * item[field])
     mbarrier.arrive(channel.told.index(turn % 2))
@@ -92,8 +95,8 @@ def announce(item, turn, channel):
 
 @gluon.jit
 def _hear(field, turn, channel):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(channel.smem.index(turn % 2 * 7 + field).load(layout), axis=0)
+    layout: gl.constexpr = gl.BlockedLayout([1], [LANES], [gl.num_warps()], [0])
+    return gl.max(channel.smem.index(turn % 2 * 7 + field).slice(0, 1).load(layout), axis=0)
 
 
 @gluon.jit
