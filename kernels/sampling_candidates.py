@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import cdiv, next_power_of_2
+from mini_infer.kernels.common import cdiv, multiprocessors, next_power_of_2
 from mini_infer.kernels.dependent_launch import release, wait
 from mini_infer.kernels.sampling_search import (
     KEY_SHIFT,
@@ -35,87 +35,88 @@ from mini_infer.kernels.sampling_search import (
 GROUP = 32  # tokens
 BEST = 256  # groups
 PIVOTS = 8
+NO_KEY = tl.constexpr(-0x80000000)  # below that of any logit
 _RUNS, _RUN = 64, 128  # the sample of a wide row: so many stretches of so many tokens
 
 
 @triton.jit
 def _group_keys(group_ptr, groups, SHIFT: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """The keys of the groups' maxima, and 1 for each group that there is: [BLOCK_GROUPS] int32 and float32."""
+    """The keys of the groups' maxima, [BLOCK_GROUPS] int32; NO_KEY past the last group."""
     group = tl.arange(0, BLOCK_GROUPS)
     maxima = tl.load(group_ptr + group, mask=group < groups, other=float("-inf")).to(tl.float32)
-    return order_key(maxima, SHIFT), tl.where(group < groups, 1.0, 0.0)
+    return tl.where(group < groups, order_key(maxima, SHIFT), NO_KEY)
 
 
 @triton.jit
-def _candidates(
-    row_ptr,
-    group_ptr,
-    best_ptr,
-    vocab,
-    highest,
-    SHIFT: tl.constexpr,
-    GROUP: tl.constexpr,
-    BEST: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-):
-    """All tokens of a row whose key is at least `bound`, in order of the vocabulary.
+def _find_best(group_ptr, best_ptr, groups, highest, SHIFT: tl.constexpr, BEST: tl.constexpr, BLOCK_GROUPS):
+    """Writes down which groups have candidates, in order.
 
     Args:
-        row_ptr: The row's logits.
         group_ptr: The row's group maxima.
         best_ptr: [BEST] int32, scratch of this row.
 
     Returns:
-        (tokens, keys, logits, whether one is a candidate: each [BEST * GROUP]; bound)
+        (how many have; the bound, from which on tokens are candidates)
     """
-    groups = tl.cdiv(vocab, GROUP)
-    key, one = _group_keys(group_ptr, groups, SHIFT, BLOCK_GROUPS)
-    top = order_key(highest, SHIFT) + 1
+    key = _group_keys(group_ptr, groups, SHIFT, BLOCK_GROUPS)
     bound = lowest_key(SHIFT)
     if groups > BEST:
-        bound = reach_key(key, one, BEST + 1.0, tl.min(key, axis=0), top) + 1
-    is_best = (key >= bound) & (one > 0.0)
-    place = tl.cumsum(is_best.to(tl.int32), axis=0) - 1
-    tl.store(best_ptr + place, tl.arange(0, BLOCK_GROUPS), mask=is_best)
+        top = order_key(highest, SHIFT) + 1
+        lowest = tl.min(tl.where(key > NO_KEY, key, top), axis=0)
+        bound = reach_key(key, 1.0, BEST + 1.0, lowest, top) + 1
+    is_best = (key >= bound).to(tl.int32)
+    tl.store(best_ptr + tl.cumsum(is_best, axis=0) - 1, tl.arange(0, BLOCK_GROUPS), mask=is_best == 1)
     tl.debug_barrier()  # the threads read what others of them wrote
-    lane = tl.arange(0, BEST * GROUP)
-    filled = lane // GROUP < tl.sum(is_best.to(tl.int32), axis=0)
-    tokens = tl.load(best_ptr + lane // GROUP, mask=filled, other=0) * GROUP + lane % GROUP
-    x = tl.load(row_ptr + tokens, mask=filled & (tokens < vocab), other=float("-inf")).to(tl.float32)
-    keys = order_key(x, SHIFT)
-    return tokens, keys, x, filled & (tokens < vocab) & (keys >= bound), bound
+    return tl.sum(is_best, axis=0), bound
 
 
 @triton.jit
-def _draw(tokens, keys, weight, one, bound, top, vocab, total, everything, top_k, top_p, floor, uniform):
-    """A token of a row with cuts, from its candidates.
+def _candidate_tokens(best_ptr, found, GROUP: tl.constexpr, BEST: tl.constexpr):
+    """The tokens of the groups that were found, [BEST * GROUP], ascending, and which of them there are."""
+    lane = tl.arange(0, BEST * GROUP)
+    filled = lane // GROUP < found
+    return tl.load(best_ptr + lane // GROUP, mask=filled, other=0) * GROUP + lane % GROUP, filled
+
+
+@triton.jit
+def _candidate_keys(row_ptr, best_ptr, found, bound, vocab, SHIFT: tl.constexpr, GROUP: tl.constexpr, BEST):
+    """Their keys, [BEST * GROUP]; NO_KEY for those below the bound."""
+    tokens, filled = _candidate_tokens(best_ptr, found, GROUP, BEST)
+    filled = filled & (tokens < vocab)
+    key = order_key(tl.load(row_ptr + tokens, mask=filled, other=float("-inf")).to(tl.float32), SHIFT)
+    return tl.where(filled & (key >= bound), key, NO_KEY)
+
+
+@triton.jit
+def _thresholds(keys, weight, everything, bound, top, vocab, total, top_k, top_p, floor):
+    """Where the cuts of a row fall, from its candidates.
 
     Args:
-        weight, one: 0 for what is no candidate; otherwise its weight, and 1.
+        keys: Of the candidates; NO_KEY for what is none.
+        weight: Theirs; 0 for what is none.
+        everything: Whether all tokens are candidates.
         top: Above all keys.
         total: Weight of the row.
-        everything: Whether all tokens are candidates.
         floor: The smallest key that min-p keeps.
 
     Returns:
-        (token, whether it is right: whether the cuts fall among the candidates)
+        (the smallest key that is kept, whether it is right: whether the cuts fall among the candidates)
     """
     with_k = (top_k > 0) & (top_k < vocab)
     with_p = top_p < 1.0
     reached = with_p & (tl.sum(weight, axis=0) >= top_p_target(top_p, total))
     if with_k:
-        reached = tl.sum(one, axis=0) >= top_k
+        reached = tl.sum((keys >= bound).to(tl.int32), axis=0) >= top_k
     settled = everything | reached | ((floor >= bound) & ((with_k & with_p) == 0))
 
     threshold = bound
     if with_k:
-        threshold = reach_key(keys, one, top_k.to(tl.float32), bound, top)
+        threshold = reach_key(keys, 1.0, top_k.to(tl.float32), bound, top)
     if with_p:
         kept_weight = tl.sum(tl.where(keys >= threshold, weight, 0.0), axis=0)
         target = top_p_target(top_p, tl.where(with_k | everything, kept_weight, total))
         threshold = reach_key(keys, weight, target, threshold, top)
-    kept = tl.where(keys >= tl.maximum(threshold, floor), weight, 0.0)
-    return first_past(tokens, kept, 0.0, uniform * tl.sum(kept, axis=0), vocab), settled
+    return tl.maximum(threshold, floor), settled
 
 
 @triton.jit
@@ -140,7 +141,9 @@ def _choose_pivots(
     RUN: tl.constexpr,
 ):
     """The keys to measure a wide row at, [PIVOTS], in no order: one that the thresholds cannot be below; that of min-p;
-    and six about where a sample of the row has its threshold.
+    one that a sixteenth of a sample of the row reaches; and five about where the sample has its threshold.
+
+    Should they be too high, because of few tokens that weigh much, then those above the sixteenth still fit the list.
 
     Args:
         total: Weight of the row.
@@ -155,9 +158,9 @@ def _choose_pivots(
     key = order_key(x, SHIFT)
     if with_k:
         # k groups have a token at least as large as the k-th largest of their maxima.
-        groups_key, one = _group_keys(group_ptr, tl.cdiv(vocab, GROUP), SHIFT, BLOCK_GROUPS)
+        groups_key = _group_keys(group_ptr, tl.cdiv(vocab, GROUP), SHIFT, BLOCK_GROUPS)
         top = order_key(highest, SHIFT) + 1
-        lowest = reach_key(groups_key, one, top_k.to(tl.float32), lowest_key(SHIFT), top)
+        lowest = reach_key(groups_key, 1.0, top_k.to(tl.float32), lowest_key(SHIFT), top)
         measure = tl.where(key < bound, 1.0, 0.0)
         share = (top_k - counted) / (vocab - counted)
     else:
@@ -173,14 +176,15 @@ def _choose_pivots(
     sampled = tl.sum(measure, axis=0)
     low = reach_key(key, measure, (share + slack) * sampled, lowest, bound)
     high = reach_key(key, measure, tl.maximum(share - slack, 0.0) * sampled, lowest, bound) + 1
+    sixteenth = reach_key(key, 1.0, RUNS * RUN / 16.0, lowest, bound)
     low_value = key_value(low, SHIFT)
     smallest = tl.min(tl.where(x > float("-inf"), x, highest), axis=0)
     low_value = tl.where(low_value > float("-inf"), low_value, smallest)
     high_value = tl.minimum(key_value(high, SHIFT), highest)
     index = tl.arange(0, PIVOTS)
-    part = tl.maximum(index - 2, 0) / (PIVOTS - 3)
+    part = tl.maximum(index - 3, 0) / (PIVOTS - 4)
     spread = order_key(low_value * (1.0 - part) + high_value * part, SHIFT)
-    return tl.where(index == 0, lowest, tl.where(index == 1, floor, spread))
+    return tl.where(index == 0, lowest, tl.where(index == 1, floor, tl.where(index == 2, sixteenth, spread)))
 
 
 @triton.jit
@@ -226,27 +230,18 @@ def _candidates_kernel(
     uniform = philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
     row_ptr = logits_ptr + row * stride_row
     groups_ptr = group_ptr + row * group_stride_row
-    tokens, keys, x, inside, bound = _candidates(
-        row_ptr, groups_ptr, best_ptr + row * BEST, vocab, highest, SHIFT, GROUP, BEST, BLOCK_GROUPS
-    )
-    weight = tl.where(inside, weigh(x, highest, scale), 0.0)
-    one = inside.to(tl.float32)
-    token, settled = _draw(
-        tokens,
-        keys,
-        weight,
-        one,
-        bound,
-        order_key(highest, SHIFT) + 1,
-        vocab,
-        total,
-        vocab <= BEST * GROUP,
-        top_k,
-        top_p,
-        floor,
-        uniform,
-    )
+    best_ptr += row * BEST
+    found, bound = _find_best(groups_ptr, best_ptr, tl.cdiv(vocab, GROUP), highest, SHIFT, BEST, BLOCK_GROUPS)
+    keys = _candidate_keys(row_ptr, best_ptr, found, bound, vocab, SHIFT, GROUP, BEST)
+    # A key says all of its logit. That neither logits nor tokens are kept leaves room for a second program.
+    weight = tl.where(keys >= bound, weigh(key_value(keys, SHIFT), highest, scale), 0.0)
+    top = order_key(highest, SHIFT) + 1
+    everything = vocab <= BEST * GROUP
+    threshold, settled = _thresholds(keys, weight, everything, bound, top, vocab, total, top_k, top_p, floor)
     if settled:
+        kept = tl.where(keys >= threshold, weight, 0.0)
+        tokens, _ = _candidate_tokens(best_ptr, found, GROUP, BEST)
+        token = first_past(tokens, kept, 0.0, uniform * tl.sum(kept, axis=0), vocab)
         tl.store(token_ptr + row, token.to(tl.int64))
         tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - tl.load(stats_ptr + row * 3 + 2))
     else:
@@ -258,7 +253,7 @@ def _candidates_kernel(
             temperature,
             total,
             bound,
-            tl.sum(one, axis=0),
+            tl.sum((keys >= bound).to(tl.float32), axis=0),
             tl.sum(weight, axis=0),
             top_k,
             top_p,
@@ -298,6 +293,7 @@ def launch_candidates(
         [rows, PIVOTS] int32, for `launch_wide`.
     """
     rows, vocab = logits.shape
+    crowded = rows > multiprocessors(logits.device)
     best = torch.empty((rows, BEST), dtype=torch.int32, device=logits.device)
     pivots = torch.empty((rows, PIVOTS), dtype=torch.int32, device=logits.device)
     _candidates_kernel[(rows,)](
@@ -320,7 +316,8 @@ def launch_candidates(
         PIVOTS=PIVOTS,
         RUNS=_RUNS,
         RUN=_RUN,
-        num_warps=16,
+        num_warps=8,
+        maxnreg=128 if crowded else None,  # two programs on a multiprocessor then; each takes longer
         **dependent_launch.options(),
     )
     return pivots

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from mini_infer.kernels import philox_uniform, sample, sampling_wide
+from mini_infer.kernels import philox_uniform, sample, sampling, sampling_candidates, sampling_wide
 from mini_infer.kernels.sampling import _launch_sample
 from mini_infer.kernels.sampling_cpu import kept_tokens_reference
 from mini_infer.kernels.sampling_search import philox_uniform_of
@@ -176,6 +176,32 @@ def test_wide_rows(backend, monkeypatch, kind):
         assert cdf[token] - probs[token] - 5e-5 <= uniform[row] <= cdf[token] + 5e-5, cuts
     expected = x.double().log_softmax(-1)[token_ids.cpu()]
     torch.testing.assert_close(logprobs.cpu().double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_that_misleads_leaves_a_short_list(backend, monkeypatch):
+    """Nearly all weight is on tokens that the sample of a wide row has none of; the list still takes them."""
+    if backend.name == "cpu":
+        pytest.skip("nothing is sampled there")
+    vocab = 1 << 16
+    x = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1))
+    x[0, 512::1024] = 11.0
+    for other in range(1, 8):
+        x[0, 512 + 32 * other :: 1024] = 11.0 + other / 8
+    pivots = []
+
+    def launch_candidates(*args):
+        pivots.append(sampling_candidates.launch_candidates(*args))
+        return pivots[0]
+
+    monkeypatch.setattr(sampling, "launch_candidates", launch_candidates)
+    token_ids, _ = run(backend, x.to(backend.device), top_p=0.99)
+    assert x[0, token_ids[0]] >= 11.0
+    keys = x[0].view(torch.int32)
+    keys = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
+    threshold = int(torch.tensor(11.0).view(torch.int32))
+    low = max(key for key in pivots[0][0].tolist() if key <= threshold)
+    high = min((key for key in pivots[0][0].tolist() if key > threshold), default=(1 << 31) - 1)
+    assert ((keys >= low) & (keys < high)).sum() <= vocab // sampling_wide.LISTED
 
 
 @triton.jit
