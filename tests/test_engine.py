@@ -834,7 +834,7 @@ def test_bad_batches(engine: LLMEngine) -> None:
         ({"sampling_params": "ab"}, "sampling_params must be"),
         ({"sampling_params": [SamplingParams(), None]}, "sampling_params must be"),
         ({"sampling_params": {"temperature": 0, "seed": 1}}, "sampling_params must be"),
-        ({"sampling_params": iter(())}, "sampling_params must be"),
+        ({"sampling_params": {SamplingParams()}}, "sampling_params must be"),
     ],
     ids=str,
 )

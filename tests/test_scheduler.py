@@ -909,30 +909,29 @@ def tight(**options: Any) -> Engine:
     return engine
 
 
-def costs(swap: float, prefill: float) -> dict[str, Any]:
-    return {"swap_ms_per_block": swap, "prefill_buckets": BucketTable([], 8, {8: prefill})}
-
-
 @pytest.mark.parametrize(
-    ("options", "kind"),
+    ("options", "costs", "kind"),  # costs: milliseconds to swap a block, and of a prefill step
     [
-        ({"preemption": "swap"}, "swap"),
-        ({"preemption": "swap", **costs(1000.0, 0.1)}, "swap"),
-        ({"preemption": "recompute"}, "recompute"),
-        ({"preemption": "recompute", **costs(0.001, 1000.0)}, "recompute"),
-        ({"preemption": "auto"}, "swap"),
-        ({"preemption": "auto", **costs(0.1, 5.0)}, "swap"),
-        ({"preemption": "auto", **costs(0.45, 5.0)}, "swap"),  # 5 blocks out and in: 4.5 ms
-        ({"preemption": "auto", **costs(0.55, 5.0)}, "recompute"),  # 5.5 ms
-        ({"preemption": "auto", "num_cpu_blocks": 0}, "recompute"),
-        ({"preemption": "swap", "num_cpu_blocks": 0}, "recompute"),
-        ({"preemption": "swap", "num_cpu_blocks": 4}, "recompute"),
-        ({"preemption": "swap", "num_cpu_blocks": 5}, "swap"),
+        ({"preemption": "swap"}, None, "swap"),
+        ({"preemption": "swap"}, (1000.0, 0.1), "swap"),
+        ({"preemption": "recompute"}, None, "recompute"),
+        ({"preemption": "recompute"}, (0.001, 1000.0), "recompute"),
+        ({"preemption": "auto"}, None, "swap"),
+        ({"preemption": "auto"}, (0.1, 5.0), "swap"),
+        ({"preemption": "auto"}, (0.45, 5.0), "swap"),  # 5 blocks out and in: 4.5 ms
+        ({"preemption": "auto"}, (0.55, 5.0), "recompute"),  # 5.5 ms
+        ({"preemption": "auto", "num_cpu_blocks": 0}, None, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 0}, None, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 4}, None, "recompute"),
+        ({"preemption": "swap", "num_cpu_blocks": 5}, None, "swap"),
     ],
     ids=str,
 )
-def test_swap_or_recompute(options: dict[str, Any], kind: str) -> None:
+def test_swap_or_recompute(options: dict[str, Any], costs: tuple[float, float] | None, kind: str) -> None:
     """By what was asked, else by cost (two copies of the blocks against a prefill); recompute where CPU blocks end."""
+    if costs is not None:
+        swap, prefill = costs
+        options = {**options, "swap_ms_per_block": swap, "prefill_buckets": BucketTable([], 8, {8: prefill})}
     engine = tight(**options)
     engine.finish()
     counts = engine.scheduler.num_preemptions
