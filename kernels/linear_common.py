@@ -48,6 +48,15 @@ def weight_rows(n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
+def split_columns(part, k, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """The columns (first, one past the last) of one of SPLIT_K programs that share those of a weight, in blocks."""
+    if SPLIT_K == 1:
+        return 0, k
+    span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
+    return part * span, tl.minimum((part + 1) * span, k)
+
+
+@triton.jit
 def partial_squares(x, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Squares of x [ROWS, COLS], summed over 8 columns that lie side by side: [ROWS, COLS // 8] float32.
 

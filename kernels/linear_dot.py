@@ -24,6 +24,7 @@ from mini_infer.kernels.linear_common import (
     prefetched_columns,
     row_squares,
     silu_mul,
+    split_columns,
     weight_rows,
 )
 from mini_infer.kernels.linear_plan import Tile
@@ -64,13 +65,7 @@ def _dot_kernel(
     offsets = tl.arange(0, BLOCK_K)
     x_source = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride
     w_source = weight_ptr + rows[:, None] * weight_stride
-    if SPLIT_K == 1:
-        first = 0
-        last = k
-    else:
-        span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
-        first = tl.program_id(1) * span
-        last = tl.minimum(first + span, k)
+    first, last = split_columns(tl.program_id(1), k, BLOCK_K, SPLIT_K)
     if ONE_TILE:
         cols = first + offsets
         w = tl.load(w_source + cols[None, :], mask=(cols < last)[None, :], other=0.0, eviction_policy="evict_first")

@@ -1,4 +1,4 @@
-"""The matrix product in tiles that the tensor memory accelerator fetches, for 5 to 256 rows on Hopper GPUs.
+"""The matrix product in tiles that the tensor memory accelerator fetches, on GPUs from Hopper on.
 
     product              = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias
@@ -29,7 +29,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import INTERPRET, cdiv, next_power_of_2
 from mini_infer.kernels.dependent_launch import prefetch, release, wait
-from mini_infer.kernels.linear_common import LINE, check_tma, inverse_rms, prefetched_columns, row_squares
+from mini_infer.kernels.linear_common import (
+    LINE,
+    check_tma,
+    inverse_rms,
+    prefetched_columns,
+    row_squares,
+    split_columns,
+)
 from mini_infer.kernels.linear_plan import Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
@@ -69,13 +76,7 @@ def _tma_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     first_col = tl.program_id(1) * WIDTH
     cols = first_col + tl.arange(0, WIDTH)
-    if SPLIT_K == 1:
-        first = 0
-        last = k
-    else:
-        span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
-        first = tl.program_id(2) * span
-        last = tl.minimum(first + span, k)
+    first, last = split_columns(tl.program_id(2), k, BLOCK_K, SPLIT_K)
     if DEPENDENT:
         lines = tl.minimum(first + tl.arange(0, PREFETCHED // LINE) * LINE, k - 1)[None, :]
         fetched = weight_ptr + tl.minimum(cols, width - 1).to(tl.int64)[:, None] * weight_stride + lines
