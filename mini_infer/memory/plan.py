@@ -54,7 +54,7 @@ class MemoryPlan:
         return self.budget - self.weights - self.workspace - self.graphs - self.kv_cache
 
     def describe(self) -> str:
-        """A small table for people."""
+        """A small table for people. What takes nothing, or is not counted, is left out."""
         tokens = self.num_gpu_blocks * self.block_size
         rows = (
             ("weights", self.weights, ""),
@@ -69,7 +69,7 @@ class MemoryPlan:
             ("budget", self.budget, f"of {self.total / GIB:.2f} GiB on {self.device}"),
             ("swap (CPU)", self.swap, f"{self.num_cpu_blocks} blocks"),
         )
-        return "\n".join(f"{name:<11}{size / GIB:9.3f} GiB  {note}".rstrip() for name, size, note in rows)
+        return "\n".join(f"{name:<11}{size / GIB:9.3f} GiB  {note}".rstrip() for name, size, note in rows if size)
 
 
 def plan_memory(

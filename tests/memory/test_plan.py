@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,3 +164,5 @@ def test_describe() -> None:
     }  # fmt: skip
     assert "20479 blocks of 16 tokens = 327,664 tokens" in made.describe()
     assert "of 80.00 GiB on a device" in made.describe()
+    uncounted = replace(made, weights=0).describe().splitlines()
+    assert uncounted[0].startswith("graphs") and len(uncounted) == len(lines) - 1
