@@ -30,7 +30,7 @@ if [ "$mode" = sanitize ]; then
     # Only our kernels are looked at, not PyTorch's, which check them: those would take most of the time. Every tensor is
     # an allocation of its own, so that what reaches past one is seen; that rules out captured graphs.
     select=(-m gpu -k "not captured and not replay and not chain and not large and not opcheck and not torch.float32")
-    files=(tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,linear,linear_hopper,penalties}.py)
+    files=(tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,skinny_linear,linear_hopper,penalties}.py)
     python3 -m pytest -q "${workers[@]}" "${select[@]}" "${files[@]}" "$@" || exit 1 # this compiles them
     logs=$(mktemp -d)
     check() { # tool, file, other arguments
@@ -41,8 +41,6 @@ if [ "$mode" = sanitize ]; then
         echo "exit $?: $1 $2, $(tail -n 1 "$log.txt"), $(grep SUMMARY "$log")"
     }
     for tool in memcheck racecheck; do
-        # racecheck takes minutes for a whole matrix
-        [ "$tool" = racecheck ] && select[3]+=" and not test_plan_on_the_gpu"
         for file in "${files[@]}"; do
             check "$tool" "$file" "$@" &
         done

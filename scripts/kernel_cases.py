@@ -405,7 +405,10 @@ OPS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[str, ...]]] = {
     "rmsnorm": (norm_cases, ("test_norm.py",)),
     "rope": (rope_cases, ("test_rotary.py", "test_qkv_prologue.py", "test_kv_store.py")),
     "silu": (activation_cases, ("test_activation.py",)),
-    "linear": (linear_cases, ("test_linear.py",)),
-    "attention": (attention_cases, ("test_attention_decode.py", "test_attention_prefill.py")),
+    "linear": (linear_cases, ("test_linear.py", "test_skinny_linear.py", "test_linear_hopper.py")),
+    "attention": (
+        attention_cases,
+        ("test_attention_decode.py", "test_attention_prefill.py", "test_attention_prefill_hopper.py"),
+    ),
     "sampling": (sampling_cases, ("test_sampling.py", "test_penalties.py")),
 }

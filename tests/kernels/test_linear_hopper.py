@@ -9,8 +9,8 @@ from mini_infer.kernels import linear_hopper
 from mini_infer.kernels.linear_hopper import launch_hopper
 from mini_infer.kernels.linear_plan import Tile, square_parts
 from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
+from tests.kernels.products import EPS, expected_product, squares_of
 
-EPS = 1e-5
 TILES = [
     Tile("hopper", 64, 64, 4, 2, block_m=16),
     Tile("hopper", 64, 64, 4, 8, block_m=32),
@@ -34,21 +34,6 @@ def operands(m, n, k, dtype):
     return x, (torch.randn(n, k, device="cuda") / k**0.5).to(dtype), torch.randn(n, device="cuda").to(dtype)
 
 
-def squares_of(x, parts=3):
-    return torch.stack([part.float().square().sum(-1) for part in x.tensor_split(parts, -1)])
-
-
-def expected(x, weight, bias=None, *, gated=False, normed=False):
-    x = x.double()
-    if normed:
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
-    both = x @ weight.double().T + (0.0 if bias is None else bias.double())
-    if not gated:
-        return both
-    gate, up = both.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
@@ -65,8 +50,8 @@ def test_products(assert_close, tile, gated, normed, dtype):
             width = n // 2 if gated else n
             around = torch.full((m + 2, width), float("nan"), device="cuda", dtype=dtype)
             out = around[1:-1]
-            launch_hopper(x, weight, some_bias, tile, gated, EPS, squares_of(x) if normed else None, out, None)
-            assert_close(f"{m}x{n}x{k}", out, expected(x, weight, some_bias, gated=gated, normed=normed))
+            launch_hopper(x, weight, some_bias, tile, gated, EPS, squares_of(x, 3) if normed else None, out, None)
+            assert_close(f"{m}x{n}x{k}", out, expected_product(x, weight, some_bias, gated=gated, normed=normed))
             assert around[0].isnan().all() and around[-1].isnan().all()
 
 
@@ -82,7 +67,7 @@ def test_adds_to_a_residual(assert_close, tile, dtype):
         for some_bias in (None, bias):
             summed = residual.clone()
             squares = launch_add_linear(summed, x, weight, some_bias, dataclasses.replace(tile, leaves=True))
-            assert_close(f"{m}x{n}x{k}", summed, residual.double() + expected(x, weight, some_bias))
+            assert_close(f"{m}x{n}x{k}", summed, residual.double() + expected_product(x, weight, some_bias))
             padded = torch.nn.functional.pad(summed.double().square(), (0, -n % 64)).view(m, -1, 64)
             assert len(squares) == square_parts(dataclasses.replace(tile, leaves=True), n)
             assert_close("squares", squares, padded.sum(-1).T, 1e-5)
@@ -99,11 +84,11 @@ def test_many_programs(assert_close, tile, normed):
     on_the_gpu()
     tile = dataclasses.replace(tile, norms=normed)
     x, weight, _ = operands(tile.block_m, 49152, 512, torch.bfloat16)
-    squares = squares_of(x) if normed else None
+    squares = squares_of(x, 3) if normed else None
     outs = [torch.full((len(x), 24576), float("nan"), device="cuda", dtype=x.dtype) for _ in range(20)]
     for out in outs:
         launch_hopper(x, weight, None, tile, True, EPS, squares, out, None)
-    assert_close("first", outs[0], expected(x, weight, gated=True, normed=normed))
+    assert_close("first", outs[0], expected_product(x, weight, gated=True, normed=normed))
     for out in outs[1:]:
         assert torch.equal(out, outs[0])
 
@@ -129,7 +114,7 @@ def test_takes_views(assert_close):
     x, weight = x[:, 64:320], weight[16:80, 8:264]
     for gated in (False, True):
         out = launch_skinny_linear(x, weight, None, TILES[1], gated=gated)
-        assert_close(f"gated {gated}", out, expected(x, weight, gated=gated))
+        assert_close(f"gated {gated}", out, expected_product(x, weight, gated=gated))
 
 
 def test_refuses_what_it_cannot_do(monkeypatch):
