@@ -1,4 +1,4 @@
-"""The matrix product with up to 256 rows on Hopper GPUs, one warp loading and four computing: `hopper` tiles.
+"""The matrix product with up to 256 rows on Hopper GPUs, one warp loading, four or eight computing: `hopper` tiles.
 
     product              = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias
@@ -10,7 +10,12 @@ x: [m, k], weight: [n, k], bias: [n] or None, r: [m, n]; float16 or bfloat16, st
 As in `linear_tma` a program computes weight_tile @ x_tile.T; here, in Gluon, one warp does nothing but have the tensor
 memory accelerator copy tiles to shared memory, as far ahead as there is room. It begins with the weight's, while the
 kernel before still runs, and adds x's when that is done: what the two overlap in is weights on their way from memory.
-The residual comes the same way, and results leave through shared memory, so that whole lines are written.
+The residual comes the same way, and results leave through shared memory, so that whole lines are written. With
+`split_k` > 1 several programs share the columns, and `reduce_splits` adds their sums.
+
+Every program reads its rows of x as well as its weight, from the L2 cache: with many rows of x that is most of what a
+multiprocessor takes in. Larger tiles, for which eight warps have the registers, read less of it; so that there are as
+many programs as multiprocessors all the same, they share the columns.
 
 With the gate a tile of the weight's rows holds 8 rows of the gate, the same 8 of up, the next 8 of the gate and so on:
 the layout of the sums then has a gate and its up in the same thread.
@@ -20,6 +25,7 @@ the layout of the sums then has a gate and its up in the same thread.
 
 from typing import Any, NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -37,8 +43,11 @@ from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, next_power_of_2, on_hopper
 from mini_infer.kernels.linear_common import check_tma
 from mini_infer.kernels.linear_plan import BOX_COLUMNS, Tile
+from mini_infer.kernels.linear_reduce import reduce_splits
 
-_REGISTERS = 128  # of a thread, so that two programs fit a multiprocessor; the loading warp gives most of its own away
+# Of a thread, by the computing warps: two programs of 4 fit a multiprocessor, or one of 8. The loading warp, and those
+# that make up the group of four with it, give most of theirs away.
+_REGISTERS = {4: 128, 8: 168}
 _LOAD_REGISTERS = 24  # that it keeps
 
 
@@ -52,8 +61,17 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
+def _steps_of_program(k, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
+    """This program's steps over the columns: (the first, how many, at least 0)."""
+    steps = gl.cdiv(k, BLOCK_K)
+    span = gl.cdiv(steps, SPLIT_K)
+    first = gl.program_id(2) * span
+    return first, gl.maximum(gl.minimum(steps - first, span), 0)
+
+
+@gluon.jit
 def _copy_weight(weight_tiles, step, stage, ring, BOXES: gl.constexpr, GATED: gl.constexpr):
-    """Begins to copy a stage's weight."""
+    """Begins to copy the weight of a step to a stage."""
     BLOCK_N: gl.constexpr = ring.weight.shape[1]
     COLUMNS: gl.constexpr = ring.weight.shape[2]
     for box in gl.static_range(BOXES):
@@ -73,6 +91,7 @@ def _load_partition(
     x_tiles,
     weight_tiles,
     out_tiles,
+    first,
     steps,
     ring,
     out_smem,
@@ -90,7 +109,7 @@ def _load_partition(
     BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * BOXES * COLUMNS * 2
     for step in range(gl.minimum(steps, STAGES)):
         mbarrier.expect(ring.ready.index(step), BYTES)
-        _copy_weight(weight_tiles, step, step, ring, BOXES, GATED)
+        _copy_weight(weight_tiles, first + step, step, ring, BOXES, GATED)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     if ADD:
@@ -102,64 +121,43 @@ def _load_partition(
         if step >= STAGES:
             mbarrier.wait(ring.free.index(stage), step // STAGES + 1 & 1)
             mbarrier.expect(ring.ready.index(stage), BYTES)
-            _copy_weight(weight_tiles, step, stage, ring, BOXES, GATED)
+            _copy_weight(weight_tiles, first + step, stage, ring, BOXES, GATED)
         for box in gl.static_range(BOXES):
-            place = [gl.program_id(0) * BLOCK_M, (step * BOXES + box) * COLUMNS]
+            place = [gl.program_id(0) * BLOCK_M, ((first + step) * BOXES + box) * COLUMNS]
             target = ring.x.index(stage * BOXES + box)
             tma.async_copy_global_to_shared(x_tiles, place, ring.ready.index(stage), target)
 
 
 @gluon.jit
-def _compute_partition(
+def _store_sums(sums_ptr, sums, m, n):
+    """Stores a program's part of the sums. Lanes that lie side by side have columns that do."""
+    rows = gl.program_id(0) * sums.shape[0] + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, sums.type.layout))
+    columns = gl.program_id(1) * sums.shape[1] + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
+    places = (gl.program_id(2) * m + rows).to(gl.int64)[:, None] * n + columns[None, :]
+    gl.store(sums_ptr + places, sums, mask=(rows < m)[:, None] & (columns < n)[None, :])
+
+
+@gluon.jit
+def _finish(
+    acc,  # [BLOCK_N, BLOCK_M]
     out_tiles,
     bias_ptr,
-    x_squares_ptr,
     out_squares_ptr,
     m,
     n,
-    k,
-    parts,
-    eps,
-    steps,
-    ring,
     out_smem,
     residual_ready,
     scale_smem,
-    BOXES: gl.constexpr,
-    STAGES: gl.constexpr,
     GATED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NORMS: gl.constexpr,
-    BLOCK_PARTS: gl.constexpr,
     ADD: gl.constexpr,
     LEAVES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
 ):
-    """The computing warps: the sums, and what follows them."""
-    BLOCK_N: gl.constexpr = ring.weight.shape[1]
-    BLOCK_M: gl.constexpr = ring.x.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-    if NORMS:
-        part_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        part = gl.arange(0, BLOCK_PARTS, layout=gl.SliceLayout(1, part_layout))
-        row = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, part_layout))
-        known = (part < parts)[:, None] & (row < m)[None, :]
-        squares = gl.load(x_squares_ptr + (part * m)[:, None] + row[None, :], mask=known, other=0.0)
-        scale_smem.store(1.0 / gl.sqrt_rn(gl.sum(squares, axis=0) / k + eps))
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
-    for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ring.ready.index(stage), step // STAGES & 1)
-        for box in gl.static_range(BOXES):
-            weight = ring.weight.index(stage * BOXES + box)
-            acc = warpgroup_mma(weight, ring.x.index(stage * BOXES + box).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(BOXES, deps=[acc])  # the products of the stage before are done
-        if step > 0:
-            mbarrier.arrive(ring.free.index((step - 1) % STAGES))
-    acc = warpgroup_mma_wait(0, deps=[acc])
-
+    """What follows the sums, up to the results in memory."""
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = acc.type.layout
     if NORMS:
         acc = acc * scale_smem.load(gl.SliceLayout(0, layout))[None, :]
     if HAS_BIAS:
@@ -193,11 +191,87 @@ def _compute_partition(
     tma.store_wait(0)
 
 
+@gluon.jit
+def _compute_partition(
+    out_tiles,
+    sums_ptr,
+    bias_ptr,
+    x_squares_ptr,
+    out_squares_ptr,
+    m,
+    n,
+    k,
+    parts,
+    eps,
+    steps,
+    ring,
+    out_smem,
+    residual_ready,
+    scale_smem,
+    BOXES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    NORMS: gl.constexpr,
+    BLOCK_PARTS: gl.constexpr,
+    ADD: gl.constexpr,
+    LEAVES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """The computing warps: the sums, and what follows them."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    BLOCK_M: gl.constexpr = ring.x.shape[1]
+    warps: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK_M, 16])
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    if NORMS:
+        part_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
+        part = gl.arange(0, BLOCK_PARTS, layout=gl.SliceLayout(1, part_layout))
+        row = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, part_layout))
+        known = (part < parts)[:, None] & (row < m)[None, :]
+        squares = gl.load(x_squares_ptr + (part * m)[:, None] + row[None, :], mask=known, other=0.0)
+        scale_smem.store(1.0 / gl.sqrt_rn(gl.sum(squares, axis=0) / k + eps))
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(ring.ready.index(stage), step // STAGES & 1)
+        for box in gl.static_range(BOXES):
+            weight = ring.weight.index(stage * BOXES + box)
+            acc = warpgroup_mma(weight, ring.x.index(stage * BOXES + box).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(BOXES, deps=[acc])  # the products of the stage before are done
+        if step > 0:
+            mbarrier.arrive(ring.free.index((step - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+
+    if SPLIT_K > 1:
+        _store_sums(sums_ptr, gl.permute(acc, (1, 0)), m, n)
+    else:
+        _finish(
+            acc,
+            out_tiles,
+            bias_ptr,
+            out_squares_ptr,
+            m,
+            n,
+            out_smem,
+            residual_ready,
+            scale_smem,
+            GATED,
+            HAS_BIAS,
+            NORMS,
+            ADD,
+            LEAVES,
+        )
+
+
 @gluon.jit(do_not_specialize=["m", "parts"])
 def _hopper_linear_kernel(
     x_tiles,  # [m, k] in boxes [BLOCK_M, 64]
     weight_tiles,  # [n, k] in boxes [BLOCK_N, 64]; with the gate [n / 16, 2, 8, k] in boxes [BLOCK_N / 16, 2, 8, 64]
-    out_tiles,  # [m, n] or [m, n / 2]
+    out_tiles,  # [m, n] or [m, n / 2]; unwritten with SPLIT_K > 1
+    sums_ptr,  # with SPLIT_K > 1 [SPLIT_K, m, n] float32
     bias_ptr,  # [n]
     x_squares_ptr,  # with NORMS [parts, m] float32: parts of the sums of the squares of x
     out_squares_ptr,  # with LEAVES [programs along n, m] float32: likewise of what out holds then
@@ -210,6 +284,7 @@ def _hopper_linear_kernel(
     BLOCK_N: gl.constexpr,
     BOXES: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLIT_K: gl.constexpr,  # above 1 there are sums only, and nothing of what follows
     GATED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NORMS: gl.constexpr,
@@ -238,7 +313,7 @@ def _hopper_linear_kernel(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
     ring = Ring(weight_smem, x_smem, ready, free)
-    steps = gl.cdiv(k, BOXES * COLUMNS)
+    first, steps = _steps_of_program(k, BOXES * COLUMNS, SPLIT_K)
     # The arguments are spelt out where they are passed: in a variable, the constants would become values.
     gl.warp_specialize(
         [
@@ -246,6 +321,7 @@ def _hopper_linear_kernel(
                 _compute_partition,
                 (
                     out_tiles,
+                    sums_ptr,
                     bias_ptr,
                     x_squares_ptr,
                     out_squares_ptr,
@@ -261,6 +337,7 @@ def _hopper_linear_kernel(
                     scale_smem,
                     BOXES,
                     STAGES,
+                    SPLIT_K,
                     GATED,
                     HAS_BIAS,
                     NORMS,
@@ -276,6 +353,7 @@ def _hopper_linear_kernel(
                     x_tiles,
                     weight_tiles,
                     out_tiles,
+                    first,
                     steps,
                     ring,
                     out_smem,
@@ -311,19 +389,18 @@ def launch_hopper(
     """
     width = out.shape[-1]
     results = out.view(-1, width)
-    tile_width = tile.block_n // 2 if gated else tile.block_n
+    whole = tile.split_k == 1
+    tile_width = tile.block_n // 2 if gated and whole else tile.block_n
     if not on_hopper():
         raise ValueError(f"{tile} needs a GPU of compute capability 9.0 and Triton 3.6 or later")
-    if rows.element_size() != 2 or tile_width > BOX_COLUMNS or width % 8:
-        raise ValueError(
-            f"{tile} wants 16-bit types, columns of the result in eights and at most {BOX_COLUMNS} of them in a tile, "
-            f"got {rows.dtype}, {width} and {tile_width}"
-        )
+    if rows.element_size() != 2 or width % 8:
+        raise ValueError(f"{tile} wants 16-bit types and columns of the result in eights, got {rows.dtype} and {width}")
     check_tma(tile, x=rows, weight=weight, out=results)
     m, (n, k) = rows.shape[0], weight.shape
     stride = weight.stride(0)
     layout = gl.NVMMASharedLayout(2 * BOX_COLUMNS, 16, 2)
-    if gated:
+    swizzled = 2 * min(tile_width, BOX_COLUMNS)  # bytes
+    if gated and whole:
         weight_tiles = TensorDescriptor(
             weight,
             [n // 16, 2, 8, k],
@@ -334,12 +411,15 @@ def launch_hopper(
     else:
         weight_tiles = TensorDescriptor(weight, [n, k], [stride, 1], [tile.block_n, BOX_COLUMNS], layout)
     parts = 1 if x_squares is None else x_squares.shape[0]
-    _hopper_linear_kernel[(cdiv(m, tile.block_m), cdiv(width, tile_width))](
+    sums = out if whole else torch.empty((tile.split_k, m, n), dtype=torch.float32, device=rows.device)
+    columns = cdiv(width if whole else n, tile_width)
+    _hopper_linear_kernel[(cdiv(m, tile.block_m), columns, tile.split_k)](
         TensorDescriptor(rows, [m, k], [rows.stride(0), 1], [tile.block_m, BOX_COLUMNS], layout),
         weight_tiles,
         TensorDescriptor(
-            results, [m, width], [width, 1], [tile.block_m, tile_width], gl.NVMMASharedLayout(2 * tile_width, 16, 2)
+            results, [m, width], [width, 1], [tile.block_m, tile_width], gl.NVMMASharedLayout(swizzled, 16, 2)
         ),
+        sums,
         weight if bias is None else bias,
         out if x_squares is None else x_squares,
         out if out_squares is None else out_squares,
@@ -352,14 +432,17 @@ def launch_hopper(
         BLOCK_N=tile.block_n,
         BOXES=tile.block_k // BOX_COLUMNS,
         STAGES=tile.num_stages,
-        GATED=gated,
-        HAS_BIAS=bias is not None,
+        SPLIT_K=tile.split_k,
+        GATED=gated and whole,
+        HAS_BIAS=bias is not None and whole,
         NORMS=x_squares is not None,
         BLOCK_PARTS=next_power_of_2(parts),
-        ADD=out_squares is not None,
-        LEAVES=out_squares is not None and len(out_squares) > 0,
+        ADD=out_squares is not None and whole,
+        LEAVES=out_squares is not None and whole and len(out_squares) > 0,
         LOAD_REGISTERS=_LOAD_REGISTERS,
-        num_warps=4,
-        maxnreg=_REGISTERS,
+        num_warps=tile.num_warps,
+        maxnreg=_REGISTERS[tile.num_warps],
         **dependent_launch.options(),
     )
+    if not whole:
+        reduce_splits(sums, bias, out, gated=gated, squares=out_squares)

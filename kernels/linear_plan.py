@@ -24,6 +24,9 @@ MOST_PARTS = 64
 BOX_COLUMNS = 64
 """Columns of 16 bits that a hopper tile's copies take at once: the 128 bytes over which shared memory is swizzled."""
 
+HOPPER_SUMS = 4096
+"""Of a hopper tile, most sums of a warp: 128 registers of each thread."""
+
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
 MAX_NORMED_ROWS = 32
@@ -52,17 +55,16 @@ class Tile:
             GPUs only, with a warp that does nothing else. "whole" and "halves" are cuBLAS for gate and up, at once or
             one after the other, which may fill the GPU's last wave of tiles better; of the other fields only ``norms``
             means something then.
-        block_n: Weight rows of a program (gate and up rows together when gated); of a hopper tile 64, or 128 when
-            gated.
+        block_n: Weight rows of a program (gate and up rows together when gated).
         block_k: Weight columns that are loaded at a time.
-        num_warps: Warps of a program; of a hopper tile those that compute, 4.
+        num_warps: Warps of a program; of a hopper tile those that compute, 4 or 8.
         num_stages: Depth of the software pipeline over the columns.
-        split_k: Programs that share the columns of a block of rows; "dot" and "tma" only.
+        split_k: Programs that share the columns of a block of rows; not "gemv".
         norms: Whether each program norms the rows of x for itself, where they are to be normed; else a kernel of its
             own does it before. "gemv" and, for up to 32 rows, "dot" see the whole rows; the others need the sums of
             squares that the product before left (``leaves``), and after cuBLAS the activation's kernel norms. Not with
             ``split_k``.
-        block_m: Rows of x of a program; "tma" and "hopper" only, and for the latter at most 128.
+        block_m: Rows of x of a program; "tma" and "hopper" only, and for the latter at most 256.
         leaves: Whether it leaves the sums of squares of the rows that it added to, for a product that norms with them;
             not "gemv".
     """
@@ -94,9 +96,15 @@ class Tile:
         if self.num_stages < 1 or self.split_k < 1 or (self.kind == "gemv" and self.split_k > 1):
             raise ValueError(f"num_stages and split_k must be >= 1, and split_k 1 for gemv, got {self}")
         if self.kind == "hopper" and (
-            self.block_n > 128 or self.block_m > 128 or self.num_warps != 4 or self.split_k > 1
+            self.num_warps not in (4, 8)
+            or self.block_n < 16 * self.num_warps
+            or self.block_m > 256
+            or self.block_n * self.block_m > HOPPER_SUMS * self.num_warps
         ):
-            raise ValueError(f"a hopper tile has at most 128 rows of either, 4 warps and all columns, got {self}")
+            raise ValueError(
+                "a hopper tile has 4 warps or 8, 16 rows of the weight or more for each of them, at most 256 of x, "
+                f"and at most {HOPPER_SUMS} sums for a warp, got {self}"
+            )
         if self.norms and self.split_k > 1:
             raise ValueError(f"programs that share the columns cannot norm, got {self}")
 

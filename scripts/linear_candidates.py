@@ -139,21 +139,37 @@ def tma_tiles(problem: Problem) -> list[Tile]:
 
 
 def hopper_tiles(problem: Problem) -> list[Tile]:
-    """Candidates from shared memory with a warp that loads: (block_m, block_n, block_k, stages).
+    """Candidates from shared memory with a warp that loads: (block_m, block_n, block_k, warps, stages, split_k).
 
     Those that need less than half of a multiprocessor's shared memory have it with another program, or the one before.
     """
     if problem.m <= 32:
         rows = 16 if problem.m <= 16 else 32
-        sizes = [(rows, 64, 128, 8), (rows, 64, 128, 4), (rows, 64, 256, 4), (rows, 64, 256, 2)]
-        sizes += [(rows, 128, 64, 10), (rows, 128, 128, 5), (rows, 128, 128, 2)] if problem.gated else []
+        sizes = [(rows, 64, 128, 4, 8, 1), (rows, 64, 128, 4, 4, 1), (rows, 64, 256, 4, 4, 1), (rows, 64, 256, 4, 2, 1)]
+        if problem.gated:
+            sizes += [(rows, 128, 64, 4, 10, 1), (rows, 128, 128, 4, 5, 1), (rows, 128, 128, 4, 2, 1)]
+        if problem.role == "add":  # too few programs to fill the GPU: columns that are shared
+            sizes += [(rows, 64, 128, 4, 8, 2), (rows, 64, 256, 4, 4, 2), (rows, 64, 256, 4, 2, 4)]
     elif problem.m <= 64:
-        sizes = [(64, 64, 128, 6), (64, 64, 64, 12), (64, 64, 128, 3), (64, 64, 64, 6)]
-        sizes += [(64, 128, 128, 4), (64, 128, 128, 2), (64, 128, 64, 8)] if problem.gated else []
+        sizes = [(64, 64, 128, 4, 6, 1), (64, 64, 64, 4, 12, 1), (64, 64, 128, 4, 3, 1), (64, 64, 64, 4, 6, 1)]
+        if problem.gated:
+            sizes += [(64, 128, 128, 4, 4, 1), (64, 128, 128, 4, 2, 1), (64, 128, 64, 4, 8, 1), (64, 256, 64, 8, 4, 1)]
+        if problem.role == "add":
+            sizes += [(64, 64, 128, 4, 6, 2), (64, 64, 64, 4, 12, 2), (64, 64, 128, 4, 3, 4), (64, 128, 64, 8, 8, 4)]
     else:
-        sizes = [(128, 64, 64, 8), (128, 64, 128, 4), (64, 64, 128, 6), (64, 64, 64, 12)]
-        sizes += [(128, 128, 64, 6), (64, 128, 64, 8)] if problem.gated else []
-    return [Tile("hopper", n, k, 4, stages, block_m=m) for m, n, k, stages in sizes]
+        sizes = [(128, 64, 64, 4, 8, 1), (128, 64, 128, 4, 4, 1), (64, 64, 128, 4, 6, 1), (64, 64, 64, 4, 12, 1)]
+        sizes += [(128, 128, 64, 8, 5, 1), (256, 128, 64, 8, 3, 1)]
+        if problem.gated:
+            sizes += [(128, 128, 64, 4, 6, 1), (128, 128, 64, 4, 2, 1), (64, 128, 64, 4, 8, 1), (128, 256, 64, 8, 3, 1)]
+        if problem.role == "add":
+            sizes += [(128, 64, 64, 4, 8, 2), (128, 64, 128, 4, 4, 2), (64, 64, 128, 4, 6, 2), (128, 128, 64, 8, 6, 4)]
+            sizes += [(128, 128, 64, 8, 6, 2), (256, 128, 64, 8, 4, 4), (256, 128, 64, 8, 4, 2)]
+    most = 1 << (problem.m - 1).bit_length()
+    return [
+        Tile("hopper", n, k, warps, stages, split_k, block_m=m)
+        for m, n, k, warps, stages, split_k in sizes
+        if m <= max(16, most)
+    ]
 
 
 def candidates(problem: Problem, quick: bool) -> list[Tile]:

@@ -31,6 +31,11 @@ def test_candidates_can_do_their_product(model: str, m: int) -> None:
             assert not tile.is_library or each.gated
             assert tile.leaves == (each.role == "add" and tile.kind in ("dot", "tma", "hopper"))
             assert tile.is_library or tile.block_n >= (2 if each.gated else 1)
+            assert tile.split_k == 1 or not tile.norms
+            if tile.kind == "hopper":
+                stages = 2 * tile.num_stages * tile.block_k * (tile.block_m + tile.block_n)
+                result = 2 * tile.block_m * tile.block_n // (2 if each.gated else 1) if tile.split_k == 1 else 0
+                assert stages + result + (6 << 10) < 227 << 10, f"{tile}: shared memory, 6 KiB for all else"
 
 
 ADDS, NORMS = Tile("tma", 64, 128, 4, block_m=64, leaves=True), Tile("tma", 128, 128, 4, block_m=64, norms=True)

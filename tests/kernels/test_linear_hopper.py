@@ -1,13 +1,14 @@
 """The matrix products for Hopper GPUs: against the formula, and what they refuse."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from mini_infer.kernels import linear_hopper
 from mini_infer.kernels.linear_hopper import launch_hopper
-from mini_infer.kernels.linear_plan import Tile, square_parts
+from mini_infer.kernels.linear_plan import REDUCED_COLUMNS, Tile, square_parts
 from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
 from tests.kernels.products import EPS, expected_product, squares_of
 
@@ -17,8 +18,21 @@ TILES = [
     Tile("hopper", 64, 256, 4, 4, block_m=16),
     Tile("hopper", 64, 128, 4, 6, block_m=64),
     Tile("hopper", 64, 64, 4, 8, block_m=128),
+    Tile("hopper", 128, 64, 8, 6, block_m=64),
+    Tile("hopper", 128, 64, 8, 3, block_m=256),
 ]
-GATED_TILES = [*TILES, Tile("hopper", 128, 64, 4, 4, block_m=32), Tile("hopper", 128, 64, 4, 6, block_m=128)]
+GATED_TILES = [
+    *TILES,
+    Tile("hopper", 128, 64, 4, 4, block_m=32),
+    Tile("hopper", 128, 64, 4, 6, block_m=128),
+    Tile("hopper", 256, 64, 8, 3, block_m=128),
+]
+SPLIT_TILES = [  # of the shapes some have fewer columns than would give each program any
+    Tile("hopper", 64, 64, 4, 3, 3, block_m=16),
+    Tile("hopper", 64, 128, 4, 6, 2, block_m=64),
+    Tile("hopper", 128, 64, 8, 6, 4, block_m=128),
+    Tile("hopper", 128, 64, 8, 4, 4, block_m=256),
+]
 SHAPES = [(1, 48, 72), (19, 304, 104), (66, 128, 128), (150, 64, 1000)]  # m, n, k
 
 
@@ -36,9 +50,14 @@ def operands(m, n, k, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize(
-    ("tile", "gated"), [*((tile, False) for tile in TILES), *((tile, True) for tile in GATED_TILES)], ids=str
+    ("tile", "gated", "normed"),
+    [
+        *itertools.product(TILES, [False], [False, True]),
+        *itertools.product(GATED_TILES, [True], [False, True]),
+        *itertools.product(SPLIT_TILES, [False, True], [False]),
+    ],
+    ids=str,
 )
 def test_products(assert_close, tile, gated, normed, dtype):
     """With and without a bias, at sizes that no tile divides; nothing is written past the end."""
@@ -57,10 +76,11 @@ def test_products(assert_close, tile, gated, normed, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [*TILES, *SPLIT_TILES], ids=str)
 def test_adds_to_a_residual(assert_close, tile, dtype):
     """And leaves the squares of what it holds then."""
     on_the_gpu()
+    columns = tile.block_n if tile.split_k == 1 else REDUCED_COLUMNS
     for m, n, k in SHAPES:
         x, weight, bias = operands(m, n, k, dtype)
         residual = torch.randn(m, n, device="cuda").to(dtype)
@@ -68,7 +88,7 @@ def test_adds_to_a_residual(assert_close, tile, dtype):
             summed = residual.clone()
             squares = launch_add_linear(summed, x, weight, some_bias, dataclasses.replace(tile, leaves=True))
             assert_close(f"{m}x{n}x{k}", summed, residual.double() + expected_product(x, weight, some_bias))
-            padded = torch.nn.functional.pad(summed.double().square(), (0, -n % 64)).view(m, -1, 64)
+            padded = torch.nn.functional.pad(summed.double().square(), (0, -n % columns)).view(m, -1, columns)
             assert len(squares) == square_parts(dataclasses.replace(tile, leaves=True), n)
             assert_close("squares", squares, padded.sum(-1).T, 1e-5)
             again = residual.clone()
@@ -95,7 +115,7 @@ def test_many_programs(assert_close, tile, normed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [*TILES, *SPLIT_TILES], ids=str)
 def test_rows_do_not_see_each_other(tile, gated):
     """A row's result has the same bits in another place, beside other rows, and beside infinities."""
     on_the_gpu()
@@ -125,15 +145,12 @@ def test_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(linear_hopper, "on_hopper", lambda: True)
     with pytest.raises(ValueError, match=r"wants 16-bit types.*got torch\.float32"):
         launch_skinny_linear(x.float(), weight.float(), None, TILES[0])
-    with pytest.raises(ValueError, match=r"got torch\.float16, 60 and 64"):
+    with pytest.raises(ValueError, match=r"columns of the result in eights, got torch\.float16 and 60"):
         launch_skinny_linear(x, weight[:60], None, TILES[0])
-    with pytest.raises(ValueError, match=r"got torch\.float16, 64 and 128"):
-        launch_skinny_linear(x, weight, None, GATED_TILES[-1])
     with pytest.raises(ValueError, match="needs x with contiguous rows"):
         launch_skinny_linear(torch.zeros(3, 68).half()[:, 4:], weight, None, TILES[0])
-    with pytest.raises(ValueError, match="at most 128 rows of either"):
-        Tile("hopper", 64, 64, 4, block_m=256)
-    with pytest.raises(ValueError, match="4 warps and all columns"):
-        Tile("hopper", 64, 64, 8, block_m=16)
+    for wrong in ({"block_m": 512}, {"num_warps": 8}, {"num_warps": 2}, {"block_m": 256, "block_n": 128}):
+        with pytest.raises(ValueError, match=r"a hopper tile has 4 warps or 8, .* got .*hopper"):
+            Tile(**{"kind": "hopper", "block_n": 64, "block_k": 64, "num_warps": 4, "block_m": 16, **wrong})
     with pytest.raises(ValueError, match="block_k of a hopper tile"):
         Tile("hopper", 64, 32, 4, block_m=16)

@@ -229,6 +229,8 @@ def test_few_parts_or_none(kernel_device, assert_close):
         Tile("tma", 128, 64, 8, 3, block_m=64, split_k=2),
         Tile("hopper", 64, 128, 4, 4, block_m=16),
         Tile("hopper", 64, 64, 4, 4, block_m=16, norms=True),
+        Tile("hopper", 128, 64, 8, 3, block_m=256),
+        Tile("hopper", 128, 64, 8, 4, block_m=128, split_k=2),
     ],
     ids=str,
 )
@@ -268,6 +270,8 @@ def test_captured_in_a_cuda_graph(tile, gated):
         (16, [Tile("hopper", 64, 128, 4, 8, block_m=16, norms=True), Tile("hopper", 64, 256, 4, 4, block_m=16)]),
         (16, [Tile("hopper", 64, 128, 4, 4, block_m=16), Tile("dot", 32, 128, 4, 3)]),
         (100, [Tile("hopper", 64, 64, 4, 8, block_m=128, norms=True), Tile("hopper", 64, 64, 4, 5, block_m=64)]),
+        (100, [Tile("hopper", 64, 128, 4, 4, block_m=128), Tile("hopper", 128, 64, 8, 6, block_m=128, split_k=4)]),
+        (200, [Tile("hopper", 128, 64, 8, 3, block_m=256, norms=True), Tile("hopper", 128, 64, 8, 3, block_m=256)]),
     ],
     ids=str,
 )
