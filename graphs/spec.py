@@ -212,8 +212,9 @@ def _check_family(architecture: str, model_type: object) -> str:
 def _check_options(values: Mapping[str, Any]) -> None:
     if values["hidden_act"] != "silu":
         raise UnsupportedModelError(f"unsupported hidden_act {values['hidden_act']!r}; supported: silu")
-    if values.get("quantization_config") is not None:
-        raise UnsupportedModelError("unsupported: quantized weights (quantization_config); use the unquantized model")
+    for name in ("quantization_config", "compression_config"):
+        if values.get(name) is not None:
+            raise UnsupportedModelError(f"unsupported: quantized weights ({name}); use the unquantized model")
 
 
 def _head_dim(values: Mapping[str, Any], num_heads: int) -> int:

@@ -19,11 +19,18 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.kernels.linear import LinearWeight, fold_norm, pack_linear, with_tiles
 from mini_infer.kernels.linear_plan import LinearPlan
 
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+CODE_PATTERNS = ("*.py", "*.tiktoken")
+"""A tokenizer's own code, and what such code reads; fetched with ``trust_remote_code`` only."""
 IGNORED_PATTERNS = ["consolidated*"]
 """The same weights once more, in another format, that some repositories hold beside the usual ones."""
 DUMMY_STD = 0.02
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""How a checkpoint's weights are quantized, where its config does not say so."""
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of a checkpoint's tensors. Quantized ones hold numbers that mean nothing without their scales."""
 
 GetTensor = Callable[[str, tuple[int, ...]], Tensor]
 """(name in the checkpoint, expected shape) -> the tensor, in the engine's dtype on its device."""
@@ -44,12 +51,13 @@ class ModelFiles:
     eos_token_ids: frozenset[int]
 
 
-def find_model(name_or_path: str, *, weights: bool = True) -> Path:
+def find_model(name_or_path: str, *, weights: bool = True, code: bool = False) -> Path:
     """Folder of a model: a local one as it is, a Hugging Face name from the hub or its cache.
 
     Args:
         name_or_path: Local folder, or ``owner/name`` on the Hugging Face hub.
         weights: False leaves the weights where they are and fetches only the small files.
+        code: Fetch the tokenizer's own code, too, if there is any.
 
     Raises:
         ModelNotFoundError: there is no such folder, and the hub does not have it or cannot be reached.
@@ -62,16 +70,16 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise ModelNotFoundError(f"no model folder at {folder}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = DOWNLOAD_PATTERNS if weights else [p for p in DOWNLOAD_PATTERNS if p != "*.safetensors"]
+    patterns = [pattern for pattern in DOWNLOAD_PATTERNS if weights or pattern != "*.safetensors"]
+    patterns += CODE_PATTERNS if code else ()
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(patterns), ignore_patterns=IGNORED_PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns, ignore_patterns=IGNORED_PATTERNS))
+    except Exception as error:  # the hub's own, and whatever the libraries beneath it raise when a connection breaks
         raise ModelNotFoundError(
             f"no model {name_or_path!r}: there is no local folder of that name, and the Hugging Face hub did not "
             f"give it ({type(error).__name__}: {_first_line(error)}). Check the name, the network and, for gated "
-            "models, the access token (HF_TOKEN); or give a local folder"
+            "models, the access token (HF_TOKEN); or give a local folder. What was fetched already is not fetched again"
         ) from error
 
 
@@ -88,6 +96,9 @@ def read_model_files(folder: Path) -> ModelFiles:
         spec = ModelSpec.from_config(config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
+    for name in QUANTIZATION_FILES:
+        if (folder / name).exists():
+            raise UnsupportedModelError(f"{folder} has {name}: its weights are quantized, and the engine runs none")
     generation = folder / "generation_config.json"
     eos = _as_ids(config.get("eos_token_id"))
     if generation.is_file():
@@ -116,7 +127,7 @@ def load_params(
 
     Raises:
         ModelNotFoundError: no safetensors, or a tensor is missing from them.
-        UnsupportedModelError: a tensor has another shape than the config says.
+        UnsupportedModelError: a tensor has another shape than the config says, or is quantized.
     """
     spec = files.spec
     bar = tqdm(total=spec.num_layers + 2, desc="weights", unit="layer", disable=None if progress else True)
@@ -239,7 +250,15 @@ class _Checkpoint:
                 self.__exit__()
                 raise ModelNotFoundError(f"{path} cannot be read as safetensors: {error}") from error
             self._files.append(file)
-            self._file_of.update(dict.fromkeys(file.keys(), file))
+            names = file.keys()
+            twice = [name for name in names if name in self._file_of]
+            if twice:
+                self.__exit__()
+                raise ModelNotFoundError(
+                    f"{self._folder} holds tensor {twice[0]!r} in more than one file, {path.name} among them; leave "
+                    f"only the files of one model, or name them in {INDEX_NAME}"
+                )
+            self._file_of.update(dict.fromkeys(names, file))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -254,6 +273,11 @@ class _Checkpoint:
                 "is incomplete, or of another model than its config.json says"
             )
         tensor: Tensor = file.get_tensor(name)
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise UnsupportedModelError(
+                f"tensor {name!r} is {tensor.dtype}: quantized weights are not supported, only floating point of at "
+                "least 16 bits"
+            )
         if tuple(tensor.shape) != shape:
             raise UnsupportedModelError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, but the config asks for {shape}"
@@ -261,6 +285,10 @@ class _Checkpoint:
         return tensor
 
     def _paths(self) -> Iterator[Path]:
+        """The files of the weights, as the Transformers library chooses them; other files may hold other weights."""
+        if (self._folder / WEIGHTS_NAME).is_file():
+            yield self._folder / WEIGHTS_NAME
+            return
         index = self._folder / INDEX_NAME
         if index.is_file():
             weight_map = _read_json(index).get("weight_map")
@@ -292,9 +320,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _as_ids(value: object) -> frozenset[int]:
-    if isinstance(value, int):
-        return frozenset((value,))
-    return frozenset(value) if isinstance(value, list) else frozenset()
+    values = value if isinstance(value, list) else [value]
+    return frozenset(each for each in values if isinstance(each, int) and not isinstance(each, bool))
 
 
 def _first_line(error: Exception) -> str:

@@ -177,6 +177,41 @@ def test_an_index_rules_out_other_files(folder: Path) -> None:
     assert_equal(load(folder), expected)
 
 
+def test_one_file_rules_out_all_others(folder: Path) -> None:
+    """A copy of the weights beside them, or an index of shards that are gone, as the Transformers library has it."""
+    expected = load(folder)
+    save_file(
+        {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()},
+        folder / "old_weights.safetensors",
+    )
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
+    assert_equal(load(folder), expected)
+
+
+def test_a_tensor_in_two_files(folder: Path) -> None:
+    """Which of them is meant nobody can know."""
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / "other.safetensors")
+    with pytest.raises(ModelNotFoundError, match=r"'model\.norm\.weight' in more than one file, weights\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+def test_quantized_tensors_are_refused(folder: Path, stored: torch.dtype) -> None:
+    """Whether or not the config says that they are: without their scales their numbers mean nothing."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(stored)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=rf"{name}' is {stored}: quantized"):
+        load(folder)
+
+
+def test_a_quantized_model_that_says_so_elsewhere(folder: Path) -> None:
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match=r"has hf_quant_config\.json: its weights are quantized"):
+        load(folder)
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_the_stored_type_is_converted(folder: Path, stored: torch.dtype) -> None:
     """Checkpoints in half precision are computed in float32 on a CPU, from their own rounded values."""
@@ -332,6 +367,7 @@ def test_eos_of_both_configs(folder: Path) -> None:
     assert write(None, None) == frozenset()
     (folder / "generation_config.json").unlink()
     assert read_model_files(folder).eos_token_ids == frozenset()
+    assert write([[1]], ["2", True, 3]) == {3}, "what is no id says nothing"
 
 
 # Finding
@@ -408,7 +444,23 @@ def test_the_hub_is_asked_for_what_is_needed(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
     assert find_model("owner/name") == folder
     assert find_model("owner/name", weights=False) == folder
+    assert find_model("owner/name", code=True) == folder
     assert "*.safetensors" in asked[0]
     assert "*.safetensors" not in asked[1]
-    assert {"*.json", "tokenizer.model"} <= set(asked[1])
-    assert not [pattern for pattern in asked[0] if "bin" in pattern or pattern == "*"]
+    assert {"*.json", "tokenizer.model", "merges.txt"} <= set(asked[1])
+    assert not [pattern for pattern in asked[0] if "bin" in pattern or "py" in pattern or pattern == "*"]
+    assert "*.py" in asked[2]
+
+
+def test_a_connection_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the libraries beneath raise then."""
+
+    class ProtocolError(Exception):
+        pass
+
+    def fake(name: str, **patterns: list[str]) -> str:
+        raise ProtocolError("peer closed connection\nwithout a word")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
+    with pytest.raises(ModelNotFoundError, match=r"ProtocolError: peer closed connection\).*not fetched again"):
+        find_model("owner/name")

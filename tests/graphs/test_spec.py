@@ -243,6 +243,7 @@ def test_old_names_of_rope_scaling(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          ["partial_rotary_factor"]),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["quantization_config"]),
+        ({"compression_config": {"format": "float-quantized"}}, ["compression_config"]),
         ({"head_dim": 15}, ["even", "15"]),
         ({"head_dim": 258}, ["head size 258", str(MAX_HEAD_DIM)]),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, ["num_attention_heads=32", "num_key_value_heads=5"]),
