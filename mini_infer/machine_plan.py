@@ -76,11 +76,11 @@ class PlanStore:
                 prefill_sizes=_sizes(plan["prefill_sizes"]),
                 decode_ms=_costs(plan["decode_ms"]),
                 prefill_ms=_costs(plan["prefill_ms"]),
-                swap_ms_per_block=plan["swap_ms_per_block"],
+                swap_ms_per_block=None if plan["swap_ms_per_block"] is None else _added_cost(plan["swap_ms_per_block"]),
                 context_ms_per_token=_added_cost(plan["context_ms_per_token"]),
                 measured_blocks=int(plan["measured_blocks"]),
             )
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
             return None  # a plan that cannot be read is measured again
 
     def save(self, key: PlanKey, plan: MachinePlan) -> Path:
@@ -93,9 +93,10 @@ class PlanStore:
         text = json.dumps({"key": dict(key), "plan": asdict(plan)}, indent=2)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False, encoding="utf-8") as file:
-                file.write(text)
-            os.replace(file.name, path)
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".new-") as scratch:
+                written = Path(scratch) / path.name
+                written.write_text(text, encoding="utf-8")
+                os.replace(written, path)
         except OSError as error:
             raise ConfigError(f"the plan cannot be kept in {self._folder}: {error}; set MINI_INFER_HOME") from error
         return path

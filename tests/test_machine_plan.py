@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -54,8 +55,8 @@ def test_broken_file(tmp_path: Path, text: str) -> None:
     assert store.load(KEY) == PLAN
 
 
-@pytest.mark.parametrize("costs", [{}, {"1": 0.0}, {"1": -1.0}, {"a": 1.0}])
-def test_costs_that_cannot_be(tmp_path: Path, costs: dict[str, float]) -> None:
+@pytest.mark.parametrize("costs", [{}, {"1": 0.0}, {"1": -1.0}, {"a": 1.0}, [1.0]])
+def test_costs_that_cannot_be(tmp_path: Path, costs: object) -> None:
     """Costs that no step can have make the plan unusable, not the scheduler."""
     store = PlanStore(tmp_path)
     store.save(KEY, PLAN)
@@ -65,13 +66,19 @@ def test_costs_that_cannot_be(tmp_path: Path, costs: dict[str, float]) -> None:
     assert store.load(KEY) is None
 
 
-@pytest.mark.parametrize("added", [-1e-9, math.nan, math.inf, "a", None])
-def test_added_costs_that_cannot_be(tmp_path: Path, added: object) -> None:
-    """As for costs, but nothing is a cost that context can have."""
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [
+        *itertools.product(["context_ms_per_token", "swap_ms_per_block"], [-1e-9, math.nan, math.inf, "a", [1.0]]),
+        ("context_ms_per_token", None),
+    ],
+)
+def test_added_costs_that_cannot_be(tmp_path: Path, name: str, added: object) -> None:
+    """As for costs, but nothing is a cost that context and swapping can have."""
     store = PlanStore(tmp_path)
     store.save(KEY, PLAN)
     value = json.loads(store.path(KEY).read_text())
-    value["plan"]["context_ms_per_token"] = added
+    value["plan"][name] = added
     store.path(KEY).write_text(json.dumps(value))
     assert store.load(KEY) is None
 
@@ -97,12 +104,22 @@ def test_sizes_that_cannot_be(tmp_path: Path, sizes: object) -> None:
     assert store.load(KEY) is None
 
 
-def test_nothing_but_plans_in_the_folder(tmp_path: Path) -> None:
-    """Saving leaves no temporary file behind."""
+def test_nothing_but_plans_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving leaves nothing else behind, also when it fails; others who share the folder may read them."""
     store = PlanStore(tmp_path)
     store.save(KEY, PLAN)
     store.save(KEY, PLAN)
     assert [path.name for path in tmp_path.iterdir()] == [store.path(KEY).name]
+    (tmp_path / "any").touch()
+    assert store.path(KEY).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+    def fail(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(ConfigError, match="No space left"):
+        store.save({**KEY, "another": "key"}, PLAN)
+    assert {path.name for path in tmp_path.iterdir()} == {store.path(KEY).name, "any"}
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
