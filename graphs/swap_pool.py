@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.exceptions import OutOfMemoryError, describe
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.state import to_device
 from mini_infer.kernels.block_copy import gather_blocks, scatter_blocks
@@ -55,6 +56,9 @@ class SwapPool:
     Args:
         kv: The cache whose blocks it saves.
         num_blocks: CPU blocks.
+
+    Raises:
+        OutOfMemoryError: the CPU's memory does not hold them.
     """
 
     def __init__(self, kv: KVCache, num_blocks: int) -> None:
@@ -63,11 +67,18 @@ class SwapPool:
         self._cache = kv.blocks.view(num_layers * two, num_kv_blocks, -1)
         num_parts, _, part_size = self._cache.shape
         # A block is one contiguous piece here. Page-locked where the copies are not waited for.
-        self._blocks = torch.empty(
-            (num_blocks, num_parts, part_size),
-            dtype=self._cache.dtype,
-            pin_memory=self._cache.is_cuda and num_blocks > 0,
-        )
+        try:
+            self._blocks = torch.empty(
+                (num_blocks, num_parts, part_size),
+                dtype=self._cache.dtype,
+                pin_memory=self._cache.is_cuda and num_blocks > 0,
+            )
+        except RuntimeError as error:  # the allocators have no error of their own for it
+            size = num_blocks * num_parts * part_size * self._cache.element_size()
+            raise OutOfMemoryError(
+                f"{size / (1 << 30):.2f} GiB of CPU memory for {num_blocks} swapped blocks are not to be had "
+                f"({describe(error).splitlines()[0]}); lower swap_space_gib or num_cpu_blocks"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -77,7 +77,7 @@ def _info(arguments: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from mini_infer.startup import estimate_plan
+    from mini_infer.device_memory import estimate_plan
 
     print(f"mini_infer    {__version__}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -26,8 +26,9 @@ class EngineConfig:
         max_num_seqs: Most sequences that decode at once; also the largest decode bucket.
         max_model_len: Most tokens of one sequence, prompt and output together. Default: what the model was made for.
         block_size: Tokens of one KV cache block.
-        gpu_memory_utilization: Share of the GPU's memory that the engine may use, everything counted: weights,
-            graphs, workspace and KV cache. On a CPU: the share of the *free* memory that the KV cache may grow to.
+        gpu_memory_utilization: Share of the GPU's memory that this engine may use, everything counted: weights,
+            graphs, workspace and KV cache. Others on the GPU have theirs beside it: two engines fit with 0.45 each.
+            On a CPU: the share of a quarter of the *free* memory that the KV cache may grow to.
         dtype: Type of weights, activations and KV cache. A CPU always computes in float32, and says so.
         trust_remote_code: Let the tokenizer run code from the model's repository. The model itself never does.
         device: "auto" takes the GPU if there is one.

@@ -51,8 +51,8 @@ class LLMEngine:
         parts = assemble(config)
         self._parts: EngineParts | None = parts
         eos_token_ids = parts.files.eos_token_ids
-        if not eos_token_ids and parts.tokenizer is not None:
-            eos_token_ids = parts.tokenizer.eos_token_ids
+        if parts.tokenizer is not None:  # a model tuned for chat may end its turns with a token that its config lacks
+            eos_token_ids |= parts.tokenizer.eos_token_ids
         self._intake = RequestIntake(
             parts.tokenizer,
             vocab_size=parts.files.spec.vocab_size,
@@ -292,21 +292,22 @@ class LLMEngine:
 
     def _stream(self, request: Request) -> Iterator[StreamIncrement]:
         request_id = request.request_id
-        text, num_tokens = "", 0  # streamed so far
+        num_characters = num_tokens = 0  # streamed so far
         try:
             _opened(self._loop).add(request, streaming=True)
             while request_id in self._processor:
                 self.step()
                 if request_id in self._processor:
                     increment = self._processor.increment(request_id)
-                    text, num_tokens = text + increment.text, num_tokens + len(increment.token_ids)
+                    num_characters += len(increment.text)
+                    num_tokens += len(increment.token_ids)
                     if increment.token_ids:
                         yield increment
             _opened(self._loop)
             output = self._processor.take(request_id)
             if output is None:
                 return  # aborted, or fetched by its id: whoever did that has it
-            yield StreamIncrement(request_id, output.text[len(text) :], output.token_ids[num_tokens:], output)
+            yield StreamIncrement(request_id, output.text[num_characters:], output.token_ids[num_tokens:], output)
         finally:
             if self._loop is not None:
                 self._loop.forget(request_id)

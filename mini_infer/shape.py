@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mini_infer.graphs.spec import ModelSpec
 from mini_infer.kernels.linear_plan import LinearPlan
 from mini_infer.loader import find_model, read_model_files
 from mini_infer.machine_plan import PlanKey
+
+logger = logging.getLogger(__name__)
 
 GPU_PREFILL_TOKENS = 8192
 CPU_PREFILL_TOKENS = 512
@@ -151,3 +154,15 @@ def choose_max_model_len(asked: int | None, spec: ModelSpec) -> int:
             f"max_model_len must be between 2 and the model's {spec.max_position_embeddings}, got {asked}"
         )
     return asked
+
+
+def log_dtype(shape: Shape) -> None:
+    """Say where the type is another than was asked for, or than the model was trained in."""
+    asked = shape.config.dtype
+    if shape.device.type == "cpu" and asked != "float32":
+        logger.warning("dtype=%r: on a CPU the engine computes in float32 instead", asked)
+    elif shape.dtype == torch.float16 and shape.spec.dtype == "bfloat16":
+        logger.warning(
+            "dtype='float16', but the model was trained in bfloat16, whose range is wider: large activations may "
+            "overflow. dtype='bfloat16' is safer"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,25 +14,21 @@ from mini_infer.buckets import BucketTable
 from mini_infer.builder import GRAPH_MARGIN, RunnerBuilder, StepMemory
 from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
+from mini_infer.device_memory import divide_memory
 from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.params import Params
-from mini_infer.graphs.spec import ModelSpec
-from mini_infer.graphs.state import token_counts_bytes
-from mini_infer.graphs.swap_pool import staging_bytes
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
 from mini_infer.machine_plan import MachinePlan, PlanStore
-from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
+from mini_infer.memory.plan import GIB, MemoryPlan
 from mini_infer.metrics import PhaseClock, StartupReport
 from mini_infer.runner import ModelRunner, give_back_memory
 from mini_infer.scheduler import Scheduler
-from mini_infer.shape import Shape, choose_device
+from mini_infer.shape import Shape, choose_device, log_dtype
+from mini_infer.start_lock import one_start_at_a_time
 from mini_infer.step import CaptureRecord, StepKind
 from mini_infer.tokenizer import Tokenizer, check_tokenizer
 
 logger = logging.getLogger(__name__)
-
-CPU_KV_SHARE = 0.25
-"""A CPU's memory is shared with everything else: the KV cache takes this much of what is free, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +79,36 @@ def assemble(config: EngineConfig) -> EngineParts:
 def _assemble(config: EngineConfig) -> EngineParts:
     clock = PhaseClock()
     choose_device(config.device)  # before anything is fetched
-    files = read_model_files(find_model(config.model, weights=config.load_format != "dummy"))
+    files = read_model_files(
+        find_model(config.model, weights=config.load_format != "dummy", code=config.trust_remote_code)
+    )
     shape = Shape.of(config, files.spec)
     log_dtype(shape)
     clock.mark("config")
+    with one_start_at_a_time(shape.device):
+        clock.mark("waiting")
+        return _build(shape, files, clock)
+
+
+def _build(shape: Shape, files: ModelFiles, clock: PhaseClock) -> EngineParts:
+    config = shape.config
     give_back_memory()  # what an engine before this one left would be counted as weights
+    before = _reserved(shape.device)  # by another engine of this process
     params, tokenizer = _load(shape, files, clock)
     builder = RunnerBuilder(shape, params)
     stored = load_machine_plan(shape)
     memory, weights = StepMemory(), 0
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()
-        weights = torch.cuda.memory_reserved(shape.device)  # what the allocator rounds up is gone, too
+        weights = _reserved(shape.device) - before  # what the allocator rounds up is gone, too
         memory = builder.measure_memory() if stored is None else StepMemory(stored.workspace_bytes, stored.graph_bytes)
-    plan = divide_memory(shape, weights=weights, workspace=memory.workspace, graphs=memory.graphs)
+    plan = divide_memory(
+        shape,
+        weights=weights,
+        workspace=memory.workspace,
+        graphs=memory.graphs,
+        held=_reserved(shape.device) - before,
+    )
     if stored is not None and not builder.covers(stored, plan):
         stored = None
     clock.mark("memory")
@@ -112,9 +123,11 @@ def _assemble(config: EngineConfig) -> EngineParts:
     machine_plan = stored
     if machine_plan is None and config.measure_costs:
         machine_plan = builder.measure_costs(runner, memory, graphs, plan.num_gpu_blocks)
-        _keep(shape, machine_plan)
-    elif stored is not None and graphs is not None and graphs.bytes > stored.graph_bytes:
-        _keep(shape, replace(stored, graph_bytes=graphs.bytes))
+        keep(shape, machine_plan)
+    elif stored is not None and graphs is not None:
+        graph_bytes = revised(stored.graph_bytes, graphs.bytes)
+        if graph_bytes != stored.graph_bytes:
+            keep(shape, replace(stored, graph_bytes=graph_bytes))
     clock.mark("costs")
     scheduler = make_scheduler(shape, plan, machine_plan)
     ledger: list[CaptureRecord] = []
@@ -127,18 +140,6 @@ def _assemble(config: EngineConfig) -> EngineParts:
     logger.info("%s", report.describe())
     logger.info("memory:\n%s", plan.describe())
     return EngineParts(files, tokenizer, runner, scheduler, shape, plan, tuple(ledger), stored is not None, report)
-
-
-def log_dtype(shape: Shape) -> None:
-    """Say where the type is another than was asked for, or than the model was trained in."""
-    asked = shape.config.dtype
-    if shape.device.type == "cpu" and asked != "float32":
-        logger.warning("dtype=%r: on a CPU the engine computes in float32 instead", asked)
-    elif shape.dtype == torch.float16 and shape.spec.dtype == "bfloat16":
-        logger.warning(
-            "dtype='float16', but the model was trained in bfloat16, whose range is wider: large activations may "
-            "overflow. dtype='bfloat16' is safer"
-        )
 
 
 def _load(shape: Shape, files: ModelFiles, clock: PhaseClock) -> tuple[Params, Tokenizer | None]:
@@ -172,7 +173,8 @@ def find_tokenizer(config: EngineConfig, folder: Path) -> Path | None:
     """
     if config.tokenizer is not None:
         named = Path(config.tokenizer).expanduser()
-        folder = named if named.is_dir() else find_model(config.tokenizer, weights=False)  # no config.json is needed
+        is_folder = named.is_dir()  # then no config.json is needed
+        folder = named if is_folder else find_model(config.tokenizer, weights=False, code=config.trust_remote_code)
     try:
         check_tokenizer(folder)
     except ModelNotFoundError:
@@ -194,10 +196,28 @@ def load_machine_plan(shape: Shape) -> MachinePlan | None:
     return machine_plans().load(shape.plan_key())
 
 
-def _keep(shape: Shape, plan: MachinePlan) -> None:
-    """Keep what was measured for the next start, on a GPU."""
-    if shape.device.type == "cuda":
+def keep(shape: Shape, plan: MachinePlan) -> None:
+    """Keep what was measured for the next start, on a GPU. If that cannot be, the engine starts all the same."""
+    if shape.device.type != "cuda":
+        return
+    try:
         logger.info("kept what was measured in %s", machine_plans().save(shape.plan_key(), plan))
+    except ConfigError as error:
+        logger.warning("what was measured is not kept, and the next start measures it again: %s", error)
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch's allocator holds in this process."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def revised(stored: int, measured: int) -> int:
+    """What the next start is to set aside for graphs, in bytes, when an earlier one measured ``stored``.
+
+    Both are differences of what was free on the GPU. If another process took or freed memory just then they are off, so
+    neither the larger nor the smaller is believed for good.
+    """
+    return measured if measured > stored or measured < stored - GRAPH_MARGIN else stored
 
 
 def with_true_graphs(plan: MemoryPlan, graph_bytes: int) -> MemoryPlan:
@@ -278,80 +298,3 @@ def make_scheduler(shape: Shape, plan: MemoryPlan, measured: MachinePlan | None)
         context_ms_per_token=context_ms,
         attention_window=shape.spec.longest_window,
     )
-
-
-def divide_memory(shape: Shape, *, weights: int, workspace: int, graphs: int) -> MemoryPlan:
-    """The memory plan, given what weights, workspace and graphs take, in bytes.
-
-    Raises:
-        OutOfMemoryError: not even one sequence of ``max_model_len`` fits.
-    """
-    config, device = shape.config, shape.device
-    block_bytes = shape.spec.kv_bytes_per_token(shape.dtype.itemsize) * config.block_size
-    most_blocks = None
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)  # other processes, and the CUDA context
-        budget = int(total * config.gpu_memory_utilization) - others
-        name = torch.cuda.get_device_name(device)
-    else:
-        # The weights are in memory already, so what is free does not include them.
-        total = free_cpu_memory()
-        share = 1.0 if config.num_gpu_blocks is not None else CPU_KV_SHARE
-        budget = int(total * config.gpu_memory_utilization * share)
-        most_blocks = config.max_num_seqs * shape.max_blocks
-        name = "the CPU (free memory)"
-    num_cpu_blocks = config.num_cpu_blocks
-    if num_cpu_blocks is None:
-        num_cpu_blocks = int(config.swap_space_gib * GIB) // block_bytes
-    if shape.captures and graphs:
-        graphs += GRAPH_MARGIN
-        # Steps run outside their graphs only before the first capture, and give that memory back.
-        workspace = max(0, workspace - graphs)
-    if device.type == "cuda":
-        workspace += staging_bytes(num_cpu_blocks, block_bytes)
-        workspace += token_counts_bytes(config.max_num_seqs, shape.spec.vocab_size)
-    return plan_memory(
-        device=name,
-        total=total,
-        budget=budget,
-        weights=weights,
-        workspace=workspace,
-        graphs=graphs,
-        block_bytes=block_bytes,
-        block_size=config.block_size,
-        num_gpu_blocks=config.num_gpu_blocks,
-        num_cpu_blocks=num_cpu_blocks,
-        max_model_len=shape.max_model_len,
-        most_blocks=most_blocks,
-    )
-
-
-def estimate_plan(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
-    """The memory plan of a model without loading it: weights by count, workspace by the widest activations.
-
-    Raises:
-        As `assemble`.
-    """
-    shape = Shape.of(config)
-    log_dtype(shape)
-    spec, itemsize = shape.spec, shape.dtype.itemsize
-    weights = workspace = 0
-    if shape.device.type == "cuda":
-        weights = spec.num_parameters() * itemsize
-        widest = 3 * spec.hidden_size + 3 * spec.intermediate_size + spec.q_size
-        activations = shape.max_prefill_tokens * widest * itemsize
-        logits = config.max_num_seqs * spec.vocab_size * (itemsize + 4)
-        workspace = activations + logits
-    return spec, divide_memory(shape, weights=weights, workspace=workspace, graphs=0)
-
-
-def free_cpu_memory() -> int:
-    """Bytes of memory that a new allocation can have without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer import LLMEngine, SamplingParams
 from mini_infer.buckets import BucketUse
 from mini_infer.exceptions import EngineClosedError, InvalidRequestError, OutOfMemoryError
 from mini_infer.outputs import GenerateOutput, StreamIncrement
@@ -27,6 +27,7 @@ from mini_infer.request import Request, RequestStatus
 from mini_infer.runner import ModelRunner, StepHandle
 from mini_infer.scheduler import Scheduler
 from mini_infer.step import ClearRow, SampledTokens, SchedulerOutputs, StepKind
+from tests.tiny_engines import make_tiny_folder, tiny_config
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE, save_tiny_tokenizer
 
@@ -36,23 +37,11 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_tiny_tokenizer(path)
-    make_tiny_model("llama3-gqa", path, num_hidden_layers=2)
-    return path
+    return make_tiny_folder(tmp_path_factory.mktemp("model"), num_layers=2)
 
 
 def make_engine(folder: Path, **options: Any) -> LLMEngine:
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "device": "cpu",
-        "max_num_seqs": 8,
-        "max_model_len": 192,
-        "num_cpu_blocks": 0,
-        "measure_costs": False,
-        "progress": False,
-    }
-    return LLMEngine(EngineConfig(model=str(folder), **{**defaults, **options}))
+    return LLMEngine(tiny_config(folder, **{"max_num_seqs": 8, "max_model_len": 192, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +286,13 @@ def test_end_of_sequence(folder: Path, tmp_path: Path, alone: Callable[..., list
         assert_idle(engine)
 
 
-def test_the_tokenizers_end_token(folder: Path, tmp_path: Path, script: Callable[..., None]) -> None:
-    """A model whose configs name none ends at its tokenizer's."""
+@pytest.mark.parametrize("eos", [None, 60])
+def test_the_tokenizers_end_token(folder: Path, tmp_path: Path, script: Callable[..., None], eos: int | None) -> None:
+    """A model whose configs name none, or another one only, ends at its tokenizer's as well."""
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").unlink()
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": eos}))
     with make_engine(tmp_path / "model") as engine:
         script(engine, [50, 51, 1, 52])
         assert engine.generate([PROMPT], max_tokens=9)[0].token_ids == [50, 51, 1]

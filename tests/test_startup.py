@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,27 +16,18 @@ import pytest
 import torch
 
 from mini_infer import EngineConfig, LLMEngine
-from mini_infer import startup as startup_module
 from mini_infer.buckets import BucketTable
 from mini_infer.builder import CPU_CONTEXT_ROWS, GRAPH_MARGIN, RunnerBuilder
+from mini_infer.device_memory import estimate_plan
 from mini_infer.exceptions import ConfigError, MiniInferError, ModelNotFoundError, OutOfMemoryError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.loader import read_model_files
 from mini_infer.machine_plan import MachinePlan
 from mini_infer.memory.plan import MemoryPlan
-from mini_infer.shape import Shape, choose_dtype
-from mini_infer.startup import (
-    assemble,
-    check_coverage,
-    divide_memory,
-    estimate_plan,
-    free_cpu_memory,
-    log_dtype,
-    with_costs,
-    with_true_graphs,
-)
+from mini_infer.shape import Shape, choose_dtype, log_dtype
+from mini_infer.startup import assemble, check_coverage, keep, revised, with_costs, with_true_graphs
 from mini_infer.step import CaptureRecord, StepKind
-from tests.tiny_models import make_tiny_model
+from tests.tiny_engines import make_tiny_folder, tiny_config
 from tests.tiny_tokenizers import save_tiny_tokenizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,10 +35,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_tiny_tokenizer(path)
-    make_tiny_model("llama3-gqa", path, num_hidden_layers=1)
-    return path
+    return make_tiny_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +44,7 @@ def spec(folder: Path) -> ModelSpec:
 
 
 def config_of(folder: Path, **options: Any) -> EngineConfig:
-    defaults: dict[str, Any] = {
-        "device": "cpu",
-        "dtype": "float32",
-        "max_num_seqs": 4,
-        "max_model_len": 64,
-        "num_cpu_blocks": 0,
-        "measure_costs": False,
-        "progress": False,
-    }
-    return EngineConfig(model=str(folder), **{**defaults, **options})
+    return tiny_config(folder, **{"max_num_seqs": 4, "max_model_len": 64, **options})
 
 
 # Type
@@ -138,34 +116,6 @@ def test_the_shortest_sequence(folder: Path, block_size: int) -> None:
 # Memory
 
 
-def test_the_pool_must_hold_one_sequence(folder: Path) -> None:
-    """512 tokens take 32 blocks: 31 are refused with the number, the need and the ways out; 32 will do."""
-    with pytest.raises(OutOfMemoryError) as raised:
-        LLMEngine(config_of(folder, max_model_len=512, num_gpu_blocks=31))
-    message = str(raised.value)
-    for part in ("max_model_len=512", "takes 32 blocks", "there are 31", "at most 496 fits", "raise num_gpu_blocks"):
-        assert part in message
-    assert assemble(config_of(folder, max_model_len=512, num_gpu_blocks=32)).plan.num_gpu_blocks == 32
-
-
-def test_too_little_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without memory: the message names what can be changed, and its bound on the length works."""
-    monkeypatch.setattr(startup_module, "free_cpu_memory", lambda: 200_000)
-    with pytest.raises(OutOfMemoryError, match=r"max_model_len.*gpu_memory_utilization") as raised:
-        LLMEngine(config_of(folder, max_model_len=512))
-    bound = re.search(r"at most (\d+) fits", str(raised.value))
-    assert bound is not None
-    assert assemble(config_of(folder, max_model_len=int(bound[1]))).shape.max_model_len == int(bound[1])
-
-
-def test_more_blocks_than_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number of blocks that the user asked for is honoured or refused, never cut."""
-    monkeypatch.setattr(startup_module, "free_cpu_memory", lambda: 10_000_000)
-    assert assemble(config_of(folder, num_gpu_blocks=1000)).plan.num_gpu_blocks == 1000
-    with pytest.raises(OutOfMemoryError, match="num_gpu_blocks=5000 does not fit on the CPU"):
-        LLMEngine(config_of(folder, num_gpu_blocks=5000))
-
-
 @pytest.mark.parametrize("phase", ["load_params", "RunnerBuilder.build"])
 def test_a_gpu_that_is_full_under_way(folder: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     """PyTorch's own error while weights or KV cache are allocated becomes the documented one."""
@@ -177,36 +127,6 @@ def test_a_gpu_that_is_full_under_way(folder: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OutOfMemoryError, match=r"20\.00 GiB") as raised:
         LLMEngine(config_of(folder))
     assert "gpu_memory_utilization" in str(raised.value)
-
-
-def test_default_pool_on_a_cpu(folder: Path) -> None:
-    """No more than all sequences at full length could fill."""
-    assert assemble(config_of(folder, max_num_seqs=3, max_model_len=64, block_size=16)).plan.num_gpu_blocks == 12
-
-
-def test_swap_space(folder: Path, spec: ModelSpec) -> None:
-    """By size in GiB, or in blocks, which win; 0 is none."""
-    block_bytes = 2 * spec.num_layers * spec.kv_size * 4 * 16
-    options: dict[str, Any] = {"num_cpu_blocks": None, "swap_space_gib": 0.001}
-    expected = int(0.001 * 2**30) // block_bytes
-    assert expected > 0
-    assert assemble(config_of(folder, **options)).plan.num_cpu_blocks == expected
-    assert assemble(config_of(folder, **{**options, "num_cpu_blocks": 7})).plan.num_cpu_blocks == 7
-    assert assemble(config_of(folder, **{**options, "swap_space_gib": 0})).plan.num_cpu_blocks == 0
-
-
-def test_free_memory_is_plausible() -> None:
-    """Bytes, not kilobytes or pages."""
-    assert 2**27 < free_cpu_memory() < 2**46
-
-
-def test_estimated_plan_is_the_plan(folder: Path) -> None:
-    """`mini-infer info` shows, without loading anything, what the engine then does."""
-    config = config_of(folder, num_gpu_blocks=40)
-    spec, plan = estimate_plan(config)
-    real = assemble(config).plan
-    assert spec == read_model_files(folder).spec
-    assert (plan.num_gpu_blocks, plan.kv_cache) == (real.num_gpu_blocks, real.kv_cache)
 
 
 def memory_plan(graphs: int) -> MemoryPlan:
@@ -224,21 +144,25 @@ def test_the_true_size_of_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
     assert "0.500 GiB more than was set aside" in caplog.text
 
 
-def test_graphs_and_workspace_are_not_added(folder: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps run outside their graphs before the first capture only, so the larger of the two is set aside."""
-    gpu = {"mem_get_info": (9 << 30, 10 << 30), "memory_reserved": 1 << 30, "get_device_name": "a GPU"}
-    for name, value in gpu.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    for capture_graphs, graphs, workspace, expected in (
-        (True, 1000, 600, (1000 + GRAPH_MARGIN, 0)),
-        (True, 1000, GRAPH_MARGIN + 1600, (1000 + GRAPH_MARGIN, 600)),
-        (False, 0, 600, (0, 600)),
-    ):
-        shape = Shape(config_of(folder, capture_graphs=capture_graphs), spec, GPU, torch.float16, 64)
-        plan = divide_memory(shape, weights=1 << 30, workspace=workspace, graphs=graphs)
-        counts = 2 * shape.config.max_num_seqs * spec.vocab_size
-        assert (plan.graphs, plan.workspace - counts) == expected
-        assert 0 <= plan.reserve < plan.block_bytes
+@pytest.mark.parametrize(
+    ("stored", "measured", "expected"),
+    [(100, 100, 100), (100, 101, 101), (100, 99, 100), (GRAPH_MARGIN, 0, GRAPH_MARGIN), (17 << 30, 1 << 30, 1 << 30)],
+)
+def test_what_the_next_start_sets_aside(stored: int, measured: int, expected: int) -> None:
+    """More at once; less if it is much less: then another process was measured as well, now or then."""
+    assert revised(stored, measured) == expected
+
+
+def test_what_cannot_be_kept(
+    folder: Path, spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that has measured everything is not lost with a folder that cannot be written."""
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MINI_INFER_HOME", str(tmp_path / "a file"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None, 0.0, 9)
+    keep(Shape(config_of(folder), spec, GPU, torch.float16, 64), plan)
+    assert "is not kept" in caplog.text and "MINI_INFER_HOME" in caplog.text
 
 
 # Graphs
@@ -450,7 +374,7 @@ def test_report(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         parts = assemble(config_of(folder, measure_costs=True))
     assert list(parts.report.phases) == [
-        "config", "weights", "tokenizer", "memory", "kv cache", "capture", "costs", "scheduler",
+        "config", "waiting", "weights", "tokenizer", "memory", "kv cache", "capture", "costs", "scheduler",
     ]  # fmt: skip
     assert sum(parts.report.phases.values()) == pytest.approx(parts.report.total)
     assert parts.report.describe() in caplog.text

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from mini_infer.exceptions import OutOfMemoryError
 
 GIB = 1 << 30
+CONTEXT_BYTES = 1 << 30
+"""More than a process's CUDA context takes, with its kernels. It cannot be told from what other processes hold."""
+SPARE_BYTES = 1 << 30
+"""Left free on a GPU that others use as well: what they and their contexts take may still grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,26 @@ class MemoryPlan:
             ("swap (CPU)", self.swap, f"{self.num_cpu_blocks} blocks"),
         )
         return "\n".join(f"{name:<11}{size / GIB:9.3f} GiB  {note}".rstrip() for name, size, note in rows if size)
+
+
+def gpu_budget(*, total: int, free: int, held: int, utilization: float) -> tuple[int, int]:
+    """What an engine may use of a GPU: its share of all of it, the CUDA context within the share, or what is there.
+
+    Others that use the GPU have shares of their own. Of what is neither free nor the engine's, as much as a CUDA
+    context can take counts as the engine's context; so on a GPU of its own nothing goes beyond the share.
+
+    Args:
+        total: Bytes of the GPU.
+        free: Of which nobody holds these.
+        held: And the engine holds these already.
+        utilization: The engine's share.
+
+    Returns:
+        (the budget; what others hold, the context included), in bytes
+    """
+    others = total - free - held
+    share = int(total * utilization) - min(others, CONTEXT_BYTES)
+    return min(share, total - others - (SPARE_BYTES if others > CONTEXT_BYTES else 0)), others
 
 
 def plan_memory(

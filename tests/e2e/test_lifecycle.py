@@ -10,32 +10,18 @@ from typing import Any
 
 import pytest
 
-from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer import LLMEngine, SamplingParams
 from mini_infer.exceptions import InvalidRequestError
-from tests.tiny_models import make_tiny_model
-from tests.tiny_tokenizers import save_tiny_tokenizer
+from tests.tiny_engines import make_tiny_folder, tiny_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_tokenizer(folder)
-    make_tiny_model("llama3-gqa", folder, num_hidden_layers=1)
-    return folder
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def make_engine(folder: Path, **options: Any) -> LLMEngine:
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "device": "cpu",
-        "max_num_seqs": 16,
-        "max_model_len": 64,
-        "block_size": 4,
-        "num_cpu_blocks": 0,
-        "measure_costs": False,
-        "progress": False,
-    }
-    return LLMEngine(EngineConfig(model=str(folder), **{**defaults, **options}))
+    return LLMEngine(tiny_config(folder, **{"max_num_seqs": 16, "max_model_len": 64, "block_size": 4, **options}))
 
 
 @pytest.fixture

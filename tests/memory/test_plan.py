@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_infer.exceptions import OutOfMemoryError
-from mini_infer.memory.plan import GIB, MemoryPlan, plan_memory
+from mini_infer.memory.plan import CONTEXT_BYTES, GIB, SPARE_BYTES, MemoryPlan, gpu_budget, plan_memory
 from tests.hypothesis_profiles import PROPERTY
 
 BASE: dict[str, Any] = {
@@ -166,3 +166,44 @@ def test_describe() -> None:
     assert "of 80.00 GiB on a device" in made.describe()
     uncounted = replace(made, weights=0).describe().splitlines()
     assert uncounted[0].startswith("graphs") and len(uncounted) == len(lines) - 1
+
+
+# The budget on a GPU
+
+
+def budget(free: float, *, held: float = 0.0, utilization: float) -> tuple[float, float]:
+    """Of a GPU of 80 GiB, in GiB."""
+    total = 80 * GIB
+    made = gpu_budget(total=total, free=int(free * GIB), held=int(held * GIB), utilization=utilization)
+    return made[0] / GIB, made[1] / GIB
+
+
+def test_a_gpu_of_its_own() -> None:
+    """The share is of all that is in use: the CUDA context is within it, what the engine holds already is no loss."""
+    assert budget(79.5, utilization=0.5) == (39.5, 0.5)
+    assert budget(59.5, held=20.0, utilization=0.5) == (39.5, 0.5)
+
+
+def test_engines_side_by_side() -> None:
+    """Each has the share that it asked for, whoever came first: two of 0.45 fit."""
+    context = CONTEXT_BYTES / GIB
+    assert budget(79.5 - 36, utilization=0.45) == (36 - context, 36.5)
+    assert budget(79.5 - 36 - 10, held=10, utilization=0.45) == (36 - context, 36.5)
+
+
+def test_what_is_not_there_cannot_be_had() -> None:
+    """What others leave is the most, and a little of it stays free for them."""
+    assert budget(20.0, utilization=0.9) == (20.0 - SPARE_BYTES / GIB, 60.0)
+    assert budget(15.0, held=5.0, utilization=0.9) == (20.0 - SPARE_BYTES / GIB, 60.0)
+    assert budget(0.25, utilization=0.9)[0] < 0
+
+
+@PROPERTY
+@given(st.integers(0, 80), st.integers(0, 80), st.floats(0.01, 1.0))
+def test_within_the_share_and_within_the_gpu(free: int, held: int, utilization: float) -> None:
+    """Never more than the share with a context of the usual size, and never more than is there."""
+    held = min(held, 80 - free)
+    made, others = budget(free, held=held, utilization=utilization)
+    assert others == 80 - free - held
+    assert made <= free + held
+    assert made + min(others, 1.0) <= 80 * utilization + 1e-6
