@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
 from mini_infer.config import EngineConfig
-from mini_infer.exceptions import EngineClosedError, InvalidRequestError
+from mini_infer.exceptions import ConfigError, EngineBusyError, EngineClosedError, InvalidRequestError, describe
 from mini_infer.intake import Prompt, RequestIntake, as_batch, require_tokenizer
 from mini_infer.metrics import EngineStats
 from mini_infer.output_processor import OutputProcessor
@@ -23,6 +27,9 @@ from mini_infer.stats import snapshot
 from mini_infer.step_loop import StepLoop
 from mini_infer.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 GENERATE_MAX_TOKENS = 100
@@ -31,11 +38,23 @@ Messages: TypeAlias = Sequence[dict[str, str]]
 """A conversation: {"role": ..., "content": ...} for each turn."""
 
 
+def _by_one_thread(method: Callable[Concatenate[LLMEngine, P], T]) -> Callable[Concatenate[LLMEngine, P], T]:
+    """A method that raises EngineBusyError while another thread is in one."""
+
+    @wraps(method)
+    def guarded(self: LLMEngine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._driving():
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
 class LLMEngine:
     """An LLM on one device.
 
     Nothing runs in the background: `generate` and `stream` run steps until they are done, `get_output` and `step`
-    run one. Whoever runs steps moves every request along, not just their own. Not safe to call from several threads.
+    run one. Whoever runs steps moves every request along, not just their own. For one thread at a time: a call while
+    another thread is in one raises EngineBusyError, and changes nothing.
 
     Args:
         config: The engine's options.
@@ -47,7 +66,10 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"LLMEngine takes an EngineConfig(model=...), got {config!r}")
         self.config = config
+        self._in_use = threading.RLock()
         parts = assemble(config)
         self._parts: EngineParts | None = parts
         eos_token_ids = parts.files.eos_token_ids
@@ -66,6 +88,7 @@ class LLMEngine:
 
     # Whole generations
 
+    @_by_one_thread
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -93,6 +116,7 @@ class LLMEngine:
 
         Raises:
             InvalidRequestError: a prompt or a parameter is not valid; then nothing was queued.
+            EngineDeadError: the GPU has failed before. If it fails now, the outputs say so.
         """
         scheduler, loop = self._open().scheduler, _opened(self._loop)
         batch = as_batch(prompts)
@@ -188,6 +212,7 @@ class LLMEngine:
 
     # Single requests
 
+    @_by_one_thread
     def add_request(
         self,
         prompt: Prompt,
@@ -206,6 +231,7 @@ class LLMEngine:
 
         Raises:
             InvalidRequestError: the prompt or a parameter is not valid.
+            EngineDeadError: the GPU has failed.
         """
         loop = _opened(self._loop)
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -213,6 +239,7 @@ class LLMEngine:
         loop.add(request)
         return request.request_id
 
+    @_by_one_thread
     def get_output(self, request_id: str) -> GenerateOutput | None:
         """Fetch a finished request's output, once. If it is not finished, run one step and look again.
 
@@ -226,6 +253,7 @@ class LLMEngine:
             self.step()
         return self._processor.take(request_id)
 
+    @_by_one_thread
     def abort(self, request_id: str) -> GenerateOutput:
         """Take a request back, whatever its state, and forget it.
 
@@ -241,11 +269,12 @@ class LLMEngine:
             raise _no_request(request_id)
         return output
 
+    @_by_one_thread
     def step(self) -> list[GenerateOutput]:
         """Run one step: launch the next one and read back the oldest, if enough are in flight.
 
         Returns:
-            The outputs of requests that ended; `get_output` gives them as well.
+            The outputs of requests that ended. Each is kept until `get_output` or `abort` fetches it.
         """
         return _opened(self._loop).step()
 
@@ -274,15 +303,24 @@ class LLMEngine:
         """A snapshot of counts, padding, memory and start-up."""
         return snapshot(self._open(), _opened(self._loop))
 
+    @_by_one_thread
     def shutdown(self) -> None:
         """Drop every request and free the device's memory. Further calls raise EngineClosedError."""
-        if self._parts is not None:
-            self._parts.runner.synchronize()
+        try:
+            if self._parts is not None:
+                self._parts.runner.synchronize()
+            self._drop()
+            give_back_memory()
+        except RuntimeError as error:  # the GPU has failed: what it has cannot be given back before the process ends
+            logger.warning("the engine shuts down on a GPU that has failed (%s)", describe(error))
+            self._drop()
+
+    def _drop(self) -> None:
         self._parts = self._loop = None
         self._processor.clear()
-        give_back_memory()
 
     def __enter__(self) -> LLMEngine:
+        self._open()
         return self
 
     def __exit__(
@@ -294,7 +332,8 @@ class LLMEngine:
         request_id = request.request_id
         num_characters = num_tokens = 0  # streamed so far
         try:
-            _opened(self._loop).add(request, streaming=True)
+            with self._driving():
+                _opened(self._loop).add(request, streaming=True)
             while request_id in self._processor:
                 self.step()
                 if request_id in self._processor:
@@ -309,8 +348,33 @@ class LLMEngine:
                 return  # aborted, or fetched by its id: whoever did that has it
             yield StreamIncrement(request_id, output.text[num_characters:], output.token_ids[num_tokens:], output)
         finally:
-            if self._loop is not None:
-                self._loop.forget(request_id)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """Let nothing be left of a request. The garbage collector may ask for it, in any thread."""
+        loop = self._loop
+        if loop is None:
+            return
+        if self._in_use.acquire(blocking=False):
+            try:
+                loop.forget(request_id)
+            finally:
+                self._in_use.release()
+        else:
+            loop.forget_later(request_id)
+
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
+        """This thread's turn with the engine, which may lie within another one."""
+        if not self._in_use.acquire(blocking=False):
+            raise EngineBusyError(
+                "another thread is using this engine at this moment; call it from one thread, or share a lock around "
+                "the calls"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _open(self) -> EngineParts:
         return _opened(self._parts)
@@ -328,6 +392,8 @@ def _no_request(request_id: str) -> InvalidRequestError:
 
 def _override(params: SamplingParams, arguments: dict[str, Any]) -> SamplingParams:
     """``params`` with the arguments that were given in place of its own."""
+    if any(isinstance(value, SamplingParams) for value in arguments.values()):
+        raise InvalidRequestError("SamplingParams are not the second argument: pass sampling_params=...")
     if not isinstance(params, SamplingParams):
         raise InvalidRequestError(f"sampling_params must be a SamplingParams, got {params!r}")
     return replace(params, **{name: value for name, value in arguments.items() if value is not None})

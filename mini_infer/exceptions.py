@@ -7,7 +7,9 @@ MiniInferError
 ├── InvalidRequestError (ValueError)      a request that cannot be served as asked; nothing else is affected
 ├── OutOfMemoryError (MemoryError)        the memory that was asked for is not there; the message says what to change
 ├── BlockError (ValueError)               block ids that are not the caller's to free or use
-└── EngineClosedError (RuntimeError)      the engine was shut down
+├── EngineClosedError (RuntimeError)      the engine was shut down
+├── EngineBusyError (RuntimeError)        another thread is using the engine at this moment
+└── EngineDeadError (RuntimeError)        the GPU has failed: nothing runs on it in this process any more
 """
 
 from __future__ import annotations
@@ -45,6 +47,15 @@ class EngineClosedError(MiniInferError, RuntimeError):
     """The engine was shut down and takes no more calls."""
 
 
+class EngineBusyError(MiniInferError, RuntimeError):
+    """Another thread is using the engine. Nothing has changed: the same call works once that thread is done."""
+
+
+class EngineDeadError(MiniInferError, RuntimeError):
+    """The GPU has failed for good, as far as this process goes. The message has the first cause."""
+
+
 def describe(error: BaseException) -> str:
     """An error of any kind in one line, as outputs carry it."""
-    return f"{type(error).__name__}: {error}"
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.exceptions import describe
 from mini_infer.graphs.capture import GraphSet
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
@@ -308,6 +309,17 @@ class ModelRunner:
             self.synchronize()
             times.append((time.perf_counter() - begun) * 1e3)
         return median(times[1:])
+
+    def fault(self) -> str | None:
+        """What the device died of, once nothing runs on it any more; None while it is well. Waits until it is idle.
+
+        After an error in a kernel every further call fails, whatever it asks for, until the process ends.
+        """
+        try:
+            self.synchronize()
+        except RuntimeError as error:
+            return describe(error)
+        return None
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""

@@ -161,8 +161,12 @@ class Scheduler:
             self._end(request, FinishReason.ERROR, error)
         return failed
 
-    def fail_all(self, error: str) -> list[Request]:
+    def fail_all(self, error: str, *, waiting_too: bool = False) -> list[Request]:
         """End every request that was admitted, since records, copies or row edits were lost; the others go on.
+
+        Args:
+            error: What they end with.
+            waiting_too: End the others as well: no step can be run any more.
 
         An exception may have come in the middle of any change, so no record of who has what is believed: all are made
         anew, and the prefix cache is empty. All rows are cleared again, as a lost edit may have left one that decodes
@@ -171,7 +175,7 @@ class Scheduler:
         waiting: dict[str, Request] = {}
         lost = []
         for request in self._requests.values():
-            if request.status is RequestStatus.WAITING and request.slot == NO_SLOT:
+            if request.status is RequestStatus.WAITING and request.slot == NO_SLOT and not waiting_too:
                 waiting[request.request_id] = request
             elif not request.finished:
                 lost.append(request)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from enum import Enum
 
-from mini_infer.exceptions import describe
+from mini_infer.exceptions import EngineDeadError, describe
 from mini_infer.metrics import StepTime
 from mini_infer.output_processor import OutputProcessor
 from mini_infer.outputs import GenerateOutput
@@ -61,6 +61,7 @@ class StepLoop:
         self._at_stake: _Stake | SchedulerOutputs | None = None  # outputs: that step may not have been launched
         self._ended: dict[str, None] = {}  # whose outputs `step` returns next, unless they are fetched first
         self._left: deque[str] = deque()  # requests to forget
+        self._fault: str | None = None  # what the device died of
         self._log = StepLog()
         self.num_finished = 0
         self.prompt_tokens = 0
@@ -87,7 +88,10 @@ class StepLoop:
 
         Raises:
             InvalidRequestError: the scheduler does not take it.
+            EngineDeadError: the device has failed.
         """
+        if self._fault is not None:
+            raise EngineDeadError(self._fault)
         try:
             self._processor.track(request, streaming=streaming)
             self._scheduler.add(request)
@@ -137,10 +141,14 @@ class StepLoop:
 
         A stream may be dropped by the garbage collector, in the middle of a step: then this waits for the step's end.
         """
-        self._left.append(request_id)
+        self.forget_later(request_id)
         if self._at_stake is None:
             self._forget_those_left()
             self._at_stake = None
+
+    def forget_later(self, request_id: str) -> None:
+        """As `forget`, at the end of the next step. Any thread may ask for it."""
+        self._left.append(request_id)
 
     # One step
 
@@ -225,18 +233,34 @@ class StepLoop:
             error: What broke the step off; None: that was an earlier one, which could not be put in order then.
         """
         message = "an earlier step was interrupted" if error is None else describe(error)
+        failure = error if isinstance(error, Exception) else None  # an interrupt is the caller's own
+        level = logging.INFO if failure is None else logging.ERROR
+        if failure is not None and self._fault is None:
+            self._fault = self._cause_of_death()
         told = False
-        if isinstance(self._at_stake, SchedulerOutputs):
+        if self._fault is not None:
+            self._at_stake = _Stake.RECORDS
+            failed = self._scheduler.fail_all(message, waiting_too=True)
+            self._in_flight.clear()
+            logger.log(level, "%s: %d requests end with it", self._fault, len(failed), exc_info=failure)
+            told = bool(failed)
+        elif isinstance(self._at_stake, SchedulerOutputs):
             outputs, self._at_stake = self._at_stake, _Stake.RECORDS
-            logger.error("step %d failed (%s)", outputs.step, outputs.reason, exc_info=error)
+            logger.log(level, "step %d failed (%s)", outputs.step, outputs.reason, exc_info=failure)
             self._scheduler.fail(outputs, message)
             told = True
         elif self._at_stake is _Stake.RECORDS:
             failed = self._scheduler.fail_all(message)
-            logger.error("a step broke off: %d requests end with it", len(failed), exc_info=error)
+            logger.log(level, "a step broke off: %d requests end with it", len(failed), exc_info=failure)
             told = bool(failed)
         self._at_stake = _Stake.ENDS
         self._forget_those_left()
         self._hand_over(self._processor.requests())  # the step's own list of them is lost
         self._at_stake = None
         return told
+
+    def _cause_of_death(self) -> str | None:
+        fault = self._runner.fault()
+        if fault is None:
+            return None
+        return f"the GPU has failed, and nothing runs on it in this process any more ({fault}); start a new process"

@@ -11,7 +11,9 @@ import json
 import math
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,15 @@ import pytest
 
 from mini_infer import LLMEngine, SamplingParams
 from mini_infer.buckets import BucketUse
-from mini_infer.exceptions import EngineClosedError, InvalidRequestError, OutOfMemoryError
+from mini_infer.exceptions import (
+    ConfigError,
+    EngineBusyError,
+    EngineClosedError,
+    EngineDeadError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    describe,
+)
 from mini_infer.outputs import GenerateOutput, StreamIncrement
 from mini_infer.request import Request, RequestStatus
 from mini_infer.runner import ModelRunner, StepHandle
@@ -1138,7 +1148,7 @@ def test_a_step_that_is_broken_off(
     they asked for, and other people's requests are right, or end with the error rather than never."""
     engine = broken_engine
     raises = isinstance(error, KeyboardInterrupt) or place in OUTPUT
-    message = f"{type(error).__name__}: {error}"
+    message = describe(error)
     lengths = [2, 3, 3, 9]
     prompts = prompts_of(4, seed=19)
 
@@ -1260,6 +1270,97 @@ def test_an_interrupt_while_waiting_for_tokens(
     assert fetch(engine, inside).token_ids == alone(PROMPT, 30)
 
 
+# Threads
+
+
+def test_one_thread_at_a_time(
+    engine: LLMEngine, alone: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call from another thread while one is under way is refused, and neither thread's requests take harm."""
+    prompts = prompts_of(4, seed=23)
+    stream = engine.stream(prompts[3], max_tokens=4, sampling_params=greedy())
+    next(stream)
+    refused: list[str] = []
+    calls: dict[str, Callable[[], object]] = {
+        "generate": lambda: engine.generate([prompts[0]]),
+        "chat": lambda: engine.chat(MESSAGES),
+        "add_request": lambda: engine.add_request(prompts[0]),
+        "get_output": lambda: engine.get_output("request-0"),
+        "abort": lambda: engine.abort("request-0"),
+        "step": engine.step,
+        "stream": lambda: next(engine.stream(prompts[0])),
+        "next": lambda: next(stream),
+        "shutdown": engine.shutdown,
+    }
+
+    def call_all() -> None:
+        for name, call in calls.items():
+            try:
+                call()
+            except EngineBusyError:
+                refused.append(name)
+
+    schedule = scheduler_of(engine).schedule
+
+    def in_the_middle() -> SchedulerOutputs:
+        if not refused:
+            other = threading.Thread(target=call_all)
+            other.start()
+            other.join()
+        return schedule()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler_of(engine), "schedule", in_the_middle)
+        outputs = engine.generate(prompts[:2], max_tokens=5, temperature=0.0)
+    assert refused == list(calls)
+    assert [output.token_ids for output in outputs] == [alone(prompt, 5) for prompt in prompts[:2]]
+    stream.close()
+    assert_idle(engine)
+
+
+def test_threads_in_turn(engine: LLMEngine, alone: Callable[..., list[int]]) -> None:
+    """One after the other any of them may; a stream that another thread drops goes with the next step."""
+    prompt = prompts_of(1, seed=24)[0]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        for pool in (one, two):
+            output = pool.submit(engine.generate, [prompt], max_tokens=4, temperature=0.0).result()[0]
+            assert output.token_ids == alone(prompt, 4)
+        streams = [engine.stream(prompt, max_tokens=50, sampling_params=greedy())]
+        next(streams[0])
+        with engine._driving():
+            one.submit(streams.clear).result()
+        assert engine.stats().num_running == 1
+    engine.step()
+    assert_idle(engine)
+
+
+def test_a_gpu_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs say so, later calls as well; leaving the block does not hide the user's own exception."""
+    engine = make_engine(folder)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(runner_of(engine), "execute", fail)
+    monkeypatch.setattr(runner_of(engine), "synchronize", fail)
+    outputs = engine.generate(prompts_of(9, seed=25), max_tokens=3)
+    assert {output.error for output in outputs} == {"RuntimeError: CUDA error: unspecified launch failure"}
+    calls: list[Callable[[], object]] = [
+        lambda: engine.generate([PROMPT]),
+        lambda: engine.chat(MESSAGES),
+        lambda: engine.add_request(PROMPT),
+        lambda: next(engine.stream(PROMPT)),
+    ]
+    for call in calls:
+        with pytest.raises(EngineDeadError, match=r"unspecified launch failure.*start a new process"):
+            call()
+    assert not engine.has_unfinished_requests
+    with pytest.raises(ZeroDivisionError), engine:
+        raise ZeroDivisionError
+    with pytest.raises(EngineClosedError):
+        engine.step()
+
+
 # Sampling
 
 
@@ -1376,6 +1477,7 @@ def test_shutdown(folder: Path) -> None:
         lambda: engine.abort(request_id),
         engine.step,
         engine.stats,
+        engine.__enter__,
         lambda: engine.tokenizer,
         lambda: engine.max_model_len,
         lambda: engine.has_chat_template,
@@ -1385,6 +1487,11 @@ def test_shutdown(folder: Path) -> None:
     for call in calls:
         with pytest.raises(EngineClosedError, match="shut down"):
             call()
+
+
+def test_what_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"takes an EngineConfig\(model=\.\.\.\), got 'some/model'"):
+        LLMEngine("some/model")  # type: ignore[arg-type]
 
 
 def test_context_manager(folder: Path) -> None:

@@ -10,7 +10,9 @@ from mini_infer import exceptions
 from mini_infer.exceptions import (
     BlockError,
     ConfigError,
+    EngineBusyError,
     EngineClosedError,
+    EngineDeadError,
     InvalidRequestError,
     MiniInferError,
     ModelNotFoundError,
@@ -26,6 +28,8 @@ BUILTIN_OF = {
     OutOfMemoryError: MemoryError,
     BlockError: ValueError,
     EngineClosedError: RuntimeError,
+    EngineBusyError: RuntimeError,
+    EngineDeadError: RuntimeError,
 }
 
 
@@ -59,4 +63,4 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
 
 def test_an_error_in_one_line() -> None:
     assert exceptions.describe(ValueError("what happened")) == "ValueError: what happened"
-    assert exceptions.describe(KeyboardInterrupt()) == "KeyboardInterrupt: "
+    assert exceptions.describe(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -24,6 +24,7 @@ import mini_infer.exceptions
 import mini_infer.kernels
 import mini_infer.memory
 import mini_infer.typing
+from mini_infer.buckets import BucketUse
 from mini_infer.cli import _parser
 from mini_infer.config import EngineConfig
 from mini_infer.engine import LLMEngine
@@ -37,7 +38,7 @@ from mini_infer.outputs import GenerateOutput, RequestTimings, StreamIncrement
 from mini_infer.request import Request
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Scheduler
-from mini_infer.step import PrefillChunk, SampledTokens, SchedulerOutputs
+from mini_infer.step import CaptureRecord, PrefillChunk, SampledTokens, SchedulerOutputs
 from mini_infer.typing import SequenceMetadata
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import save_tiny_tokenizer
@@ -56,6 +57,8 @@ PUBLIC_CLASSES: dict[str, type] = {
         RequestTimings,
         StreamIncrement,
         EngineStats,
+        BucketUse,
+        CaptureRecord,
         StepTime,
         StartupReport,
         MemoryPlan,

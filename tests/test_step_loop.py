@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import linecache
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 
 import mini_infer
 from mini_infer.buckets import BucketTable
-from mini_infer.exceptions import InvalidRequestError
+from mini_infer.exceptions import EngineDeadError, InvalidRequestError
 from mini_infer.output_processor import OutputProcessor
 from mini_infer.output_table import NO_SLOT
 from mini_infer.outputs import GenerateOutput
@@ -28,7 +29,7 @@ from tests.simulated_device import Expected, Reference, SimulatedDevice
 
 PACKAGE = str(Path(mini_infer.__file__).parent)
 NUM_STEPS = 40  # more than a case takes
-INTERRUPTED = ("KeyboardInterrupt: ", "an earlier step was interrupted")
+INTERRUPTED = ("KeyboardInterrupt", "an earlier step was interrupted")
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "block_size": 2, "num_gpu_blocks": 12, "num_cpu_blocks": 6}
 
 
@@ -57,6 +58,10 @@ class Runner:
     def __init__(self, expected: dict[str, Expected]) -> None:
         self.device = SimulatedDevice(expected, **OPTIONS)
         self.prepare = self.device.prepare
+        self.died_of: str | None = None
+
+    def fault(self) -> str | None:
+        return self.died_of
 
     def execute(self, outputs: SchedulerOutputs) -> Handle:
         run = self.device._prefill if outputs.kind is StepKind.PREFILL else self.device._decode
@@ -525,3 +530,60 @@ def test_aborting_and_forgetting() -> None:
     for name in case.expected:
         case.processor.take(name)
     case.check_nothing_is_left()
+
+
+# A device that dies
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("place", ["execute", "prepare", "result"])
+def test_a_device_that_dies(place: str, steps_in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request ends at once with the cause, those that wait too; what had ended stays; new ones are refused."""
+    case = Case(steps_in_flight)
+    case.add_all()
+    while not case.processor.output("one"):
+        case.step()
+    case.add("waiting", [6, 6, 6, 6], 4)
+
+    def die(*args: object) -> None:
+        case.runner.died_of = "AcceleratorError: an illegal memory access was encountered"
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Handle if place == "result" else case.runner, place, die)
+    list(case.drive())
+    for name in case.expected:
+        output = case.processor.take(name)
+        assert output is not None
+        case.check(output, "RuntimeError: CUDA error: an illegal memory access was encountered")
+        assert (output.finish_reason == "error") == (name != "one")
+    case.check_nothing_is_left()
+    with pytest.raises(EngineDeadError, match=r"any more \(AcceleratorError: .*start a new process"):
+        case.add("new", [1, 2], 3)
+    case.check_nothing_is_left()
+    assert case.step() == []
+
+
+def test_an_error_that_the_device_survives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The requests of its step end with it, and the loop goes on."""
+    case = Case()
+    case.add("first", [1, 2, 3], 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.runner, "execute", lambda outputs: 1 / 0)
+        assert [output.error for output in case.step()] == ["ZeroDivisionError: division by zero"]
+    case.processor.take("first")
+    case.check_it_works_on()
+
+
+def test_interrupts_are_not_logged_as_errors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever pressed Ctrl-C has the exception; a traceback beside it says nothing more."""
+    case = Case()
+    case.add_all()
+    case.step()
+
+    def interrupt(outputs: SchedulerOutputs) -> Handle:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(case.runner, "execute", interrupt)
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        case.step()
+    assert caplog.records and all(record.levelno == logging.INFO and not record.exc_info for record in caplog.records)
