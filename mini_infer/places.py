@@ -40,6 +40,7 @@ class Places:
         self.prefilling: list[Request] = []
         self.rows = RowTable(max_num_seqs, outputs)
         self._growth = BlockGrowth(manager, self.rows)
+        self._no_room: tuple[int, int, int] | None = None  # for whom, and as things were then
 
     # In
 
@@ -72,11 +73,14 @@ class Places:
         """Give a waiting request its blocks, if there is room for it now."""
         if request.num_in_flight or request.num_chunks_in_flight or not self._has_seat():
             return False  # steps of its former life must be read back before it begins another
+        if self._no_room == self._state_of_room(request):
+            return False  # to look a long prompt up takes milliseconds: not at every step
         token_ids = request.known_token_ids()
         cached = self._allocate(request, token_ids)
         if cached is None and self._growth.take_back():
             cached = self._allocate(request, token_ids)
         if cached is None:
+            self._no_room = self._state_of_room(request)
             return False
         if request.num_preemptions == 0:
             request.enter(self._outputs)
@@ -94,6 +98,10 @@ class Places:
 
     def _allocate(self, request: Request, token_ids: list[int]) -> int | None:
         return self._manager.allocate_sequence(request.request_id, token_ids, reserve=len(self.rows))
+
+    def _state_of_room(self, request: Request) -> tuple[int, int, int]:
+        """Where there was no room for a waiting request, there is none as long as this stays as it is."""
+        return request.arrival, self._manager.num_changes, len(self.rows)
 
     def _has_seat(self) -> bool:
         return len(self.rows) + len(self.prefilling) < self._max_num_seqs

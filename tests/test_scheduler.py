@@ -6,7 +6,7 @@ import gc
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -298,6 +298,29 @@ def test_a_prompt_waits_while_the_rows_need_the_blocks() -> None:
     assert engine.step().kind is StepKind.DECODE, "7 blocks are free, but the row may need one"
     engine.finish()
     assert a.num_preemptions == b.num_preemptions == 0
+
+
+def test_a_prompt_that_waits_for_blocks_is_looked_up_when_there_may_be_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every step: that takes milliseconds where it is long. But at once when blocks come back."""
+    engine = Engine(max_model_len=40, block_size=1, num_gpu_blocks=60)
+    manager = engine.scheduler.block_manager
+    allocate, tries = manager.allocate_sequence, []
+
+    def counted(sequence_id: str, token_ids: Sequence[int], *, reserve: int = 0) -> int | None:
+        tries.append(sequence_id)
+        return allocate(sequence_id, token_ids, reserve=reserve)
+
+    monkeypatch.setattr(manager, "allocate_sequence", counted)
+    a, b = engine.add("a", prompt_of(20), 20), engine.add("b", prompt_of(20, first=2), 8)
+    c = engine.add("c", prompt_of(30, first=3), 3)
+    while not b.finished:
+        engine.step()
+        assert c.status is RequestStatus.WAITING
+    before = tries.count("c")
+    assert before < 6, "for as many changes: the prompts of a and b were cached, and blocks were given back"
+    engine.step()
+    assert (tries.count("c"), c.status, a.finished) == (before + 1, RequestStatus.RUNNING, False)
+    engine.finish()
 
 
 def test_a_hit_skips_what_is_in_the_cache() -> None:

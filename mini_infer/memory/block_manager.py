@@ -71,6 +71,7 @@ class BlockManager:
         self._free_cpu = deque(range(num_cpu_blocks))
         self._prefixes = PrefixCache(block_size)
         self._sequences: dict[str, _Sequence] = {}
+        self._num_changes = 0
 
     # Blocks without a sequence
 
@@ -93,6 +94,11 @@ class BlockManager:
     def num_cached_blocks(self) -> int:
         """Device blocks whose content a later prompt may find."""
         return len(self._prefixes)
+
+    @property
+    def num_changes(self) -> int:
+        """Grows when there may be room for a sequence for which there was none: blocks came back, or were cached."""
+        return self._num_changes
 
     def can_allocate(self, num_blocks: int) -> bool:
         """True if ``num_blocks`` device blocks can be handed out now."""
@@ -125,6 +131,7 @@ class BlockManager:
                 raise BlockError(f"block {block} is not one of 1 to {self.num_gpu_blocks}")
             if self._references[block] < count:
                 raise BlockError(f"block {block} is given back {count} times but has {self._references[block]} users")
+        self._num_changes += bool(blocks)
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
@@ -214,6 +221,7 @@ class BlockManager:
         start, stop = sequence.num_cached * size, num_tokens // size * size
         if stop <= start:
             return
+        self._num_changes += 1
         token_ids = tokens(start, stop)
         for offset in range(0, stop - start, size):
             block = sequence.blocks[sequence.num_cached]
