@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,15 @@ CODE_PATTERNS = ("*.py", "*.tiktoken")
 """A tokenizer's own code, and what such code reads; fetched with ``trust_remote_code`` only."""
 IGNORED_PATTERNS = ["consolidated*"]
 """The same weights once more, in another format, that some repositories hold beside the usual ones."""
+HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale")
+"""Ends of names of tensors that the engine does without: it works out frequencies itself, and quantizes no cache."""
 DUMMY_STD = 0.02
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """How a checkpoint's weights are quantized, where its config does not say so."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Of a checkpoint's tensors. Quantized ones hold numbers that mean nothing without their scales."""
+
+logger = logging.getLogger(__name__)
 
 GetTensor = Callable[[str, tuple[int, ...]], Tensor]
 """(name in the checkpoint, expected shape) -> the tensor, in the engine's dtype on its device."""
@@ -127,7 +132,8 @@ def load_params(
 
     Raises:
         ModelNotFoundError: no safetensors, or a tensor is missing from them.
-        UnsupportedModelError: a tensor has another shape than the config says, or is quantized.
+        UnsupportedModelError: a tensor has another shape than the config says, is quantized, or has no place in the
+            architecture.
     """
     spec = files.spec
     bar = tqdm(total=spec.num_layers + 2, desc="weights", unit="layer", disable=None if progress else True)
@@ -139,7 +145,9 @@ def load_params(
             def get(name: str, shape: tuple[int, ...]) -> Tensor:
                 return checkpoint.get(name, shape).to(device=device, dtype=dtype)
 
-            return _planned(_assemble(spec, get, device, max_positions, bar))
+            params = _planned(_assemble(spec, get, device, max_positions, bar))
+            checkpoint.check_all_used(spec)
+            return params
 
 
 def _assemble(spec: ModelSpec, get: GetTensor, device: torch.device, max_positions: int, bar: tqdm[Any]) -> Params:
@@ -241,6 +249,7 @@ class _Checkpoint:
         self._folder = folder
         self._files: list[Any] = []
         self._file_of: dict[str, Any] = {}
+        self._used: set[str] = set()
 
     def __enter__(self) -> _Checkpoint:
         for path in self._paths():
@@ -266,6 +275,7 @@ class _Checkpoint:
             file.__exit__(None, None, None)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self._used.add(name)
         file = self._file_of.get(name)
         if file is None:
             raise ModelNotFoundError(
@@ -284,6 +294,23 @@ class _Checkpoint:
             )
         return tensor
 
+    def check_all_used(self, spec: ModelSpec) -> None:
+        """See that no tensor of the decoder was left over: the model would compute something else with it.
+
+        Raises:
+            UnsupportedModelError: there are such tensors.
+        """
+        unused = [name for name in self._file_of if name not in self._used and not name.endswith(HARMLESS_TENSORS)]
+        decoder = [name for name in unused if name.startswith("model.")]
+        if decoder:
+            raise UnsupportedModelError(
+                f"{self._folder} has {len(decoder)} tensors that a {spec.architecture} of its config.json does not, "
+                f"{decoder[0]!r} among them: the model is another one, and would be run wrongly"
+            )
+        others = [name for name in unused if name != "lm_head.weight"]  # a copy of the embedding, where they are tied
+        if others:
+            logger.warning("%s has tensors that are not used, %r among them", self._folder, others[0])
+
     def _paths(self) -> Iterator[Path]:
         """The files of the weights, as the Transformers library chooses them; other files may hold other weights."""
         if (self._folder / WEIGHTS_NAME).is_file():
@@ -294,6 +321,8 @@ class _Checkpoint:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ModelNotFoundError(f"{index} has no 'weight_map': it names no files")
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise ModelNotFoundError(f"{index} names something that is no file in its 'weight_map'")
             names = sorted(set(weight_map.values()))
             missing = [name for name in names if not (self._folder / name).is_file()]
             if missing:

@@ -196,6 +196,30 @@ def test_a_tensor_in_two_files(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.down_proj.bias", "model.layers.1.self_attn.q_norm.weight", "model.layers.9.x"]
+)
+def test_tensors_without_a_place_are_refused(folder: Path, name: str) -> None:
+    """A model that has them computes something else without them."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: torch.ones(64)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=rf"1 tensors that a \w+ of its config\.json does not, '{name}'"):
+        load(folder)
+
+
+def test_tensors_that_are_no_loss(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Frequencies and scales of a quantized cache go without saying, what is outside of the decoder is named."""
+    expected = load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    extra = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.attn.k_scale"]
+    save_file({**tensors, **{name: torch.ones(8) for name in extra}}, folder / "model.safetensors")
+    assert_equal(load(folder), expected)
+    assert not caplog.records
+    save_file({**tensors, "score.weight": torch.ones(8)}, folder / "model.safetensors")
+    assert_equal(load(folder), expected)
+    assert "'score.weight'" in caplog.text
+
+
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
 def test_quantized_tensors_are_refused(folder: Path, stored: torch.dtype) -> None:
     """Whether or not the config says that they are: without their scales their numbers mean nothing."""
@@ -278,7 +302,7 @@ def test_missing_shard(folder: Path) -> None:
 def test_broken_index(folder: Path) -> None:
     """An index that names nothing, or is no JSON."""
     shard(folder, 2)
-    for text in ("{}", '{"weight_map": {}}', '{"weight_map": 3}', "{", "[]"):
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": 3}', '{"weight_map": {"a": 1, "b": "c"}}', "{", "[]"):
         (folder / INDEX).write_text(text)
         with pytest.raises(ModelNotFoundError, match=INDEX):
             load(folder)
