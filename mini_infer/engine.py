@@ -247,6 +247,7 @@ class LLMEngine:
             InvalidRequestError: there is no such request, or its output was fetched already.
         """
         _opened(self._loop)
+        _check_id(request_id)
         if self._processor.output(request_id) is None:
             if request_id not in self._processor:
                 raise _no_request(request_id)
@@ -263,7 +264,9 @@ class LLMEngine:
         Raises:
             InvalidRequestError: there is no such request.
         """
-        _opened(self._loop).abort(request_id)
+        loop = _opened(self._loop)
+        _check_id(request_id)
+        loop.abort(request_id)
         output = self._processor.take(request_id)
         if output is None:
             raise _no_request(request_id)
@@ -384,6 +387,11 @@ def _opened(part: T | None) -> T:
     if part is None:
         raise EngineClosedError("the engine was shut down; make a new LLMEngine")
     return part
+
+
+def _check_id(request_id: object) -> None:
+    if not isinstance(request_id, str):
+        raise InvalidRequestError(f"a request's id is a string, got {request_id!r}")
 
 
 def _no_request(request_id: str) -> InvalidRequestError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import TypeAlias, cast
+from numbers import Integral
+from typing import TypeAlias
 
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.request import Request, check_prompt_length
@@ -74,12 +75,12 @@ class RequestIntake:
             return encoded
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-        token_ids = cast(Sequence[int], prompt)
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
+        for token_id in prompt:
+            if type(token_id) is not int and (isinstance(token_id, bool) or not isinstance(token_id, Integral)):
                 raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")
+        token_ids = tuple(map(int, prompt))  # NumPy's are integers, too
         self._check_vocabulary(token_ids)
-        return tuple(token_ids)
+        return token_ids
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
@@ -106,6 +107,6 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise InvalidRequestError(f"prompts must be a string, a list of token ids or a list of those, got {prompts!r}")
-    if len(prompts) and isinstance(prompts[0], int):
+    if len(prompts) and isinstance(prompts[0], Integral):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

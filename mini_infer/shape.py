@@ -11,7 +11,7 @@ import torch
 
 import mini_infer
 from mini_infer.buckets import BucketTable, decode_bucket_sizes, prefill_bucket_sizes
-from mini_infer.config import EngineConfig
+from mini_infer.config import DEFAULT_DTYPE, EngineConfig
 from mini_infer.exceptions import ConfigError
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.kernels.linear_plan import LinearPlan
@@ -160,7 +160,8 @@ def log_dtype(shape: Shape) -> None:
     """Say where the type is another than was asked for, or than the model was trained in."""
     asked = shape.config.dtype
     if shape.device.type == "cpu" and asked != "float32":
-        logger.warning("dtype=%r: on a CPU the engine computes in float32 instead", asked)
+        level = logging.INFO if asked == DEFAULT_DTYPE else logging.WARNING  # the default was not asked for
+        logger.log(level, "dtype=%r: on a CPU the engine computes in float32 instead", asked)
     elif shape.dtype == torch.float16 and shape.spec.dtype == "bfloat16":
         logger.warning(
             "dtype='float16', but the model was trained in bfloat16, whose range is wider: large activations may "

@@ -15,7 +15,7 @@ from mini_infer.builder import GRAPH_MARGIN, RunnerBuilder, StepMemory
 from mini_infer.cache import cache_folder
 from mini_infer.config import EngineConfig
 from mini_infer.device_memory import divide_memory
-from mini_infer.exceptions import ConfigError, ModelNotFoundError, OutOfMemoryError
+from mini_infer.exceptions import ConfigError, MiniInferError, ModelNotFoundError, OutOfMemoryError, describe
 from mini_infer.graphs.params import Params
 from mini_infer.loader import ModelFiles, find_model, load_params, read_model_files
 from mini_infer.machine_plan import MachinePlan, PlanStore
@@ -73,6 +73,13 @@ def assemble(config: EngineConfig) -> EngineParts:
         raise OutOfMemoryError(
             f"the GPU's memory was used up while the engine started: {reason} Take a smaller model or dtype, lower "
             "gpu_memory_utilization, max_prefill_tokens or max_num_seqs, or free memory that other processes hold"
+        ) from error
+    except MiniInferError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"the CPU's memory does not hold what is kept of each sequence ({describe(error)}); lower max_num_seqs="
+            f"{config.max_num_seqs} or max_model_len"
         ) from error
 
 

@@ -161,6 +161,7 @@ def _check_messages(messages: object) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InvalidRequestError(f"a message must be {{'role': text, 'content': text}}, got {message!r}")
+        _check_text(message["role"])
         _check_text(message["content"])
 
 

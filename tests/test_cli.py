@@ -194,6 +194,43 @@ def test_chat_ends_with_the_input(
     assert FIGURES.search(capsys.readouterr().out) is None
 
 
+def test_chat_goes_on_after_a_bad_message(
+    folder: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is too long, or no text, is left out of the conversation, and so is one whose answer is interrupted."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n{'word ' * 200}\n\udcff\nnever mind\nand then?\n"))
+    step, calls = Engine.step, []
+
+    def interrupted_once(self: Engine) -> Any:
+        calls.append(self.stats().num_finished)
+        if calls[-1] == 1 and calls.count(1) == 2:  # the second answer has begun
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted_once)
+    assert main(["chat", "--max-tokens", "9", *options]) == 0
+    captured = capsys.readouterr()
+    errors = captured.err.splitlines()
+    assert len(errors) == 2 and all(line.endswith("(this message is left out)") for line in errors)
+    assert "[interrupted: this message is left out]" in captured.out
+    monkeypatch.setattr(Engine, "step", step)
+    messages: list[dict[str, str]] = []
+    for text in ("hello", "and then?"):
+        messages.append({"role": "user", "content": text})
+        expected = engine_output(folder, messages)
+        assert expected.text in captured.out
+        messages.append({"role": "assistant", "content": expected.text})
+
+
+def test_help_shows_defaults_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """0 is a default like any other."""
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 takes the most likely token (default: 0.0)" in out
+    assert "log the start and the memory plan" in out and "memory plan (default" not in out
+
+
 def test_info(folder: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Versions, device, the model's facts and its memory plan; nothing is loaded."""
     assert main(["info", *options, "--num-gpu-blocks", "40"]) == 0
@@ -230,6 +267,7 @@ def test_info_without_a_model(
         (["generate", "x", "--max-tokens", "0"], ["InvalidRequestError", "max_tokens"]),
         (["generate", "", "--raw"], ["InvalidRequestError", "empty"]),
         (["generate", "x " * 600, "--raw"], ["InvalidRequestError", "max_model_len=512 allows at most 511"]),
+        (["generate", "x", "--raw", "--system", "y"], ["ConfigError", "--raw leaves out"]),
     ],
     ids=lambda value: " ".join(value)[:40] if value[0] in ("generate", "info") else "",
 )
@@ -294,6 +332,12 @@ def test_as_a_command(options: list[str]) -> None:
     split(done.stdout)
     assert "\r" not in done.stdout + done.stderr
     assert "%|" not in done.stderr
+    environment["PYTHONIOENCODING"] = "ascii"  # the text has other characters: they are replaced
+    done = run("generate", "the cat \u00e9", "--raw", "--max-tokens", "30", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = f"{sys.executable} -m mini_infer generate hello --raw --max-tokens 60 {' '.join(options)} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
     done = run("generate", "x", "--model", "nobody/no-such-model", "--device", "cpu")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

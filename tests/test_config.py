@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,11 @@ def test_model_is_needed_and_unknown_keywords_are_type_errors() -> None:
         EngineConfig()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="max_num_seq"):
         make(max_num_seq=4)
+
+
+def test_a_path_is_a_name() -> None:
+    config = EngineConfig(model=Path("some/model"), tokenizer=Path("another"))  # type: ignore[arg-type]
+    assert (config.model, config.tokenizer) == ("some/model", "another")
 
 
 @pytest.mark.parametrize("name", INTEGERS_FROM_ONE)

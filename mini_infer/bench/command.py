@@ -70,6 +70,11 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--rate must be a positive number of requests a second, got {rate}")
         if not arguments.measure_steps:
             raise ConfigError("--rate needs --measure-steps: the times of tokens are those of their steps")
+    wrong = [batch for batch in arguments.batch or () if not 1 <= batch <= arguments.max_num_seqs]
+    if wrong:
+        raise ConfigError(f"--batch must be between 1 and --max-num-seqs={arguments.max_num_seqs}, got {wrong[0]}")
+    if arguments.batch and "latency" not in names:
+        raise ConfigError(f"--batch goes with latency, got {' '.join(names)}")
     if repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, got {repeats}")
     if repeats > 1 and (rate is not None or set(names).isdisjoint(WITH_REPEATS)):
@@ -81,7 +86,8 @@ def _print_last(arguments: argparse.Namespace, options: dict[str, Any], name: st
 
 
 def _latency(engine: LLMEngine, arguments: argparse.Namespace) -> list[LatencyRow]:
-    rows = bench_latency(engine, arguments.batch or workloads.latency_batches())
+    most = arguments.max_num_seqs
+    rows = bench_latency(engine, arguments.batch or [each for each in workloads.latency_batches() if each <= most])
     print(f"{'batch':>6}{'decode ms':>11}{'median':>9}{'TTFT ms':>9}{'GPU idle':>10}{'off graph':>11}")
     for row in rows:
         print(

@@ -11,6 +11,7 @@ from mini_infer.bench import workloads
 from mini_infer.bench.report import StepSummary, StepUsage
 from mini_infer.bench.workloads import Work
 from mini_infer.engine import LLMEngine
+from mini_infer.exceptions import ConfigError, MiniInferError
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,31 @@ def warm_up(engine: LLMEngine) -> None:
     timed(engine, workloads.latency(2, 4))
 
 
+def check_lengths(engine: LLMEngine, work: Work) -> None:
+    """See that the engine takes the workload's sequences.
+
+    Raises:
+        ConfigError: some are longer than its ``max_model_len``.
+    """
+    longest = max(len(prompt) + params.max_tokens for prompt, params in zip(work.prompts, work.sampling, strict=True))
+    if longest > engine.max_model_len:
+        raise ConfigError(
+            f"the workload has sequences of up to {longest} tokens; max_model_len must be at least that, got "
+            f"{engine.max_model_len}"
+        )
+
+
 def timed(engine: LLMEngine, work: Work) -> float:
-    """Seconds to generate a whole workload."""
+    """Seconds to generate a whole workload.
+
+    Raises:
+        ConfigError: the engine's ``max_model_len`` is too small for it.
+    """
+    check_lengths(engine, work)
     begun = time.perf_counter()
     outputs = engine.generate(work.prompts, sampling_params=work.sampling)
     wall = time.perf_counter() - begun
     for output, params in zip(outputs, work.sampling, strict=True):
-        assert len(output.token_ids) == params.max_tokens, f"{output.request_id}: {output.error}"
+        if len(output.token_ids) != params.max_tokens:
+            raise MiniInferError(f"{output.request_id} came to no end: {output.error}")
     return wall
