@@ -34,7 +34,8 @@ class KVCache:
     ) -> None:
         shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
         self.num_blocks = num_blocks
-        # Zeros, not empty: a masked score times a value that was never written must not be NaN.
+        # Zeros, not empty: decode attention on a CPU computes a row once more if its sums are not finite, which values
+        # that were never written might make them, though their weights are 0.
         self.blocks = (
             _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         )

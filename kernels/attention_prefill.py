@@ -278,7 +278,7 @@ def _launch_paged_prefill_attention(
         return out
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     context_lens, query_start_loc = context_lens.contiguous(), query_start_loc.contiguous()
-    if config is None and attention_prefill_hopper.supports(query, key_cache):
+    if config is None and attention_prefill_hopper.supports(query, key_cache, value_cache):
         attention_prefill_hopper.launch_hopper_prefill(
             query, key_cache, value_cache, block_tables, context_lens, query_start_loc, scale, sliding_window, out
         )

@@ -40,8 +40,8 @@ _BOX_DIMS = 64  # elements of a head that one copy takes: the 128 bytes over whi
 _COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 40  # of a thread; what a multiprocessor has for 12 warps is used up
 
 
-def supports(query: Tensor, key_cache: Tensor) -> bool:
-    """Whether this kernel takes the arguments; otherwise that of `attention_prefill` does."""
+def supports(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether this kernel takes the arguments, caches of the same strides; else that of `attention_prefill` does."""
     _, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     stride_block, stride_head, stride_slot, _ = key_cache.stride()
@@ -55,7 +55,7 @@ def supports(query: Tensor, key_cache: Tensor) -> bool:
         and stride_block % stride_slot == 0
         and stride_head % stride_slot == 0
         and all(stride % 16 == 0 for stride in (stride_slot, query.stride(0), query.stride(1)))
-        and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (query, key_cache))
+        and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (query, key_cache, value_cache))
     )
 
 

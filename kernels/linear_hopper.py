@@ -1,4 +1,4 @@
-"""The matrix product with up to 256 rows on Hopper GPUs, one warp loading, four or eight computing: `hopper` tiles.
+"""The matrix product with some hundred rows on Hopper GPUs, one warp loading, four or eight computing: `hopper` tiles.
 
     product              = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias

@@ -142,7 +142,7 @@ def _sample_kernel(
     seed_ptr,
     position_ptr,
     todo_ptr,  # [rows] int32: 1 for rows with cuts, which are left to the other kernels, otherwise 0
-    stats_ptr,  # [rows, 3] float32: the largest logit, the weight, the log of the sum of exponentials
+    stats_ptr,  # [rows, 3] float32: the largest logit, the weight, the log of the sum of exp(x - largest)
     token_ptr,  # [rows] int64
     logprob_ptr,  # [rows] float32
     stride_row,
@@ -161,8 +161,8 @@ def _sample_kernel(
     totals = tl.load(total_ptr + at, mask=chunk < chunks, other=0.0)
     highest = tl.max(maxima, axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    log_total = shift + tl.log(tl.sum(totals * tl.exp(maxima - shift), axis=0))
-    valid = (log_total > float("-inf")) & (log_total < float("inf"))  # false for NaN
+    log_sum = tl.log(tl.sum(totals * tl.exp(maxima - shift), axis=0))  # beside large logits it would lose digits
+    valid = (log_sum > float("-inf")) & (log_sum < float("inf"))  # false for NaN
 
     temperature = tl.load(temperature_ptr + row)
     row_ptr = logits_ptr + row * stride_row
@@ -176,16 +176,16 @@ def _sample_kernel(
             todo = 1
             tl.store(stats_ptr + row * 3, highest)
             tl.store(stats_ptr + row * 3 + 1, tl.sum(mass, axis=0))
-            tl.store(stats_ptr + row * 3 + 2, log_total)
+            tl.store(stats_ptr + row * 3 + 2, log_sum)
         else:
             uniform = philox_uniform_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
             token = _draw_from_all(row_ptr, vocab, chunk, mass, highest, scale, uniform, CHUNK)
             tl.store(token_ptr + row, token.to(tl.int64))
-            tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - log_total)
+            tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - highest - log_sum)
     else:
         token = _most_likely(row_ptr, vocab, chunk, maxima, highest, CHUNK)
         tl.store(token_ptr + row, token.to(tl.int64))
-        tl.store(logprob_ptr + row, tl.where(valid, highest - log_total, float("nan")))
+        tl.store(logprob_ptr + row, tl.where(valid, -log_sum, float("nan")))
     tl.store(todo_ptr + row, todo)
 
 

@@ -48,7 +48,9 @@ def _group_keys(group_ptr, groups, SHIFT: tl.constexpr, BLOCK_GROUPS: tl.constex
 
 
 @triton.jit
-def _find_best(group_ptr, best_ptr, groups, highest, SHIFT: tl.constexpr, BEST: tl.constexpr, BLOCK_GROUPS):
+def _find_best(
+    group_ptr, best_ptr, groups, highest, SHIFT: tl.constexpr, BEST: tl.constexpr, BLOCK_GROUPS: tl.constexpr
+):
     """Writes down which groups have candidates, in order.
 
     Args:
@@ -79,7 +81,9 @@ def _candidate_tokens(best_ptr, found, GROUP: tl.constexpr, BEST: tl.constexpr):
 
 
 @triton.jit
-def _candidate_keys(row_ptr, best_ptr, found, bound, vocab, SHIFT: tl.constexpr, GROUP: tl.constexpr, BEST):
+def _candidate_keys(
+    row_ptr, best_ptr, found, bound, vocab, SHIFT: tl.constexpr, GROUP: tl.constexpr, BEST: tl.constexpr
+):
     """Their keys, [BEST * GROUP]; NO_KEY for those below the bound."""
     tokens, filled = _candidate_tokens(best_ptr, found, GROUP, BEST)
     filled = filled & (tokens < vocab)
@@ -192,7 +196,7 @@ def _candidates_kernel(
     logits_ptr,  # [rows, vocab], strided
     group_ptr,  # [rows, groups], strided, type of the logits: the largest of each group
     todo_ptr,  # [rows] int32: 1 for rows with cuts; becomes 2 for wide rows
-    stats_ptr,  # [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exponentials
+    stats_ptr,  # [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exp(x - largest)
     temperature_ptr,  # [rows], and the next five
     top_k_ptr,
     top_p_ptr,
@@ -243,7 +247,8 @@ def _candidates_kernel(
         tokens, _ = _candidate_tokens(best_ptr, found, GROUP, BEST)
         token = first_past(tokens, kept, 0.0, uniform * tl.sum(kept, axis=0), vocab)
         tl.store(token_ptr + row, token.to(tl.int64))
-        tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - tl.load(stats_ptr + row * 3 + 2))
+        drawn = tl.load(row_ptr + token).to(tl.float32)
+        tl.store(logprob_ptr + row, drawn - highest - tl.load(stats_ptr + row * 3 + 2))
     else:
         pivots = _choose_pivots(
             row_ptr,
@@ -284,7 +289,7 @@ def launch_candidates(
         logits: [rows, vocab].
         groups: [rows, at least the groups of vocab], type of the logits: the largest logit of each group.
         todo: [rows] int32, 1 for rows with cuts; set to 2 for wide rows.
-        stats: [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exponentials.
+        stats: [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exp(x - largest).
         params: How to sample.
         token_ids: [rows] int64, written for these rows.
         logprobs: [rows] float32, likewise.

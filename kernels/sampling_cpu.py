@@ -94,18 +94,19 @@ def sample_cpu(
         penalize_cpu(logits, Penalties(*penalties))
     x = logits.float()  # [rows, vocab]
     token_ids = x.argmax(-1)  # the lowest index of equals
-    log_total = torch.logsumexp(x, -1)  # NaN where a logit is; NaN or infinite where a row has no distribution
+    highest = x.amax(-1, keepdim=True)
+    log_sum = (x - highest).exp_().sum(-1).log_()  # NaN where a logit is, or where a row has no distribution
     temperatures: list[float] = temperature.tolist()
     if any(t > 0.0 for t in temperatures):
         uniform: list[float] = philox_uniform(seeds, positions).tolist()
-        finite: list[bool] = torch.isfinite(log_total).tolist()
+        finite: list[bool] = torch.isfinite(log_sum).tolist()
         limits = zip(top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True)
         for row, (k, p, floor) in enumerate(limits):
             if temperatures[row] > 0.0 and finite[row]:
                 weights, kept = kept_tokens_reference(x[row], temperatures[row], k, p, floor)
                 token_ids[row] = _draw_cpu(weights, kept, uniform[row])
-    logprobs = x.gather(1, token_ids.unsqueeze(1)).squeeze(1) - log_total
-    return token_ids, logprobs.masked_fill_(~torch.isfinite(log_total), float("nan"))
+    logprobs = (x.gather(1, token_ids.unsqueeze(1)) - highest).squeeze(1) - log_sum
+    return token_ids, logprobs.masked_fill_(~torch.isfinite(log_sum), float("nan"))
 
 
 def _draw_cpu(weights: Tensor, kept: Tensor, uniform: float) -> int:

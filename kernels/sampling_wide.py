@@ -6,8 +6,9 @@ Top-p of a flat distribution, top-k of thousands, ties by the thousand. Three ke
     collect    copies the logits between the two pivots around the thresholds into a list
     finish     halves what is between these pivots over the list, which is exact; draws a span, then a token in it
 
-The pivots (`sampling_candidates.choose_pivots`) are a guess, which only makes the list short. Should it mislead, the
-list does not fit and `finish` goes over the row itself instead: slower, with the same result.
+The pivots (`sampling_candidates._choose_pivots`) are a guess, which only makes the list short. Should it mislead, or
+top-k leave far more than top-p, the list does not fit and `finish` goes over the row itself instead: slower, with the
+same result.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -50,7 +51,7 @@ _PROGRAMS = 8  # for each multiprocessor
 def _measure_kernel(
     logits_ptr,  # [rows, vocab], strided
     todo_ptr,  # [rows] int32: 2 for wide rows
-    stats_ptr,  # [rows, 3] float32: the largest logit, the weight of the row, log of the sum of exponentials
+    stats_ptr,  # [rows, 3] float32: the largest logit, the weight of the row, the log of its sum of exp(x - largest)
     pivot_ptr,  # [rows, PIVOTS] int32: keys
     temperature_ptr,  # [rows]
     measure_ptr,  # [rows, 2, PIVOTS, spans] float32: count and weight
@@ -293,7 +294,8 @@ def _finish_kernel(
     kept = tl.where(order_key(x, SHIFT) >= threshold, weigh(x, highest, scale), 0.0)
     token = first_past(tokens, kept, before, target, vocab)
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(logprob_ptr + row, tl.load(row_ptr + token).to(tl.float32) - tl.load(stats_ptr + row * 3 + 2))
+    value = tl.load(row_ptr + token).to(tl.float32)
+    tl.store(logprob_ptr + row, value - highest - tl.load(stats_ptr + row * 3 + 2))
 
 
 def launch_wide(

@@ -10,7 +10,7 @@ x: [..., k], weight: [n, k], bias: [n] or None, r: [..., n]; float32, float16 or
 that the tile fixes: no atomics, so a result depends on nothing but its row of x, the weight and the tile.
 
 The tile says which kernel does it: `gemv` in registers, for 1 to 4 rows (`linear_gemv`); `dot` on tensor cores through
-registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for 5 to 256 (`linear_tma`), and
+registers, for up to 64 (`linear_dot`); `tma` on tensor cores from shared memory, for any number (`linear_tma`), and
 `hopper` likewise with a warp that only loads (`linear_hopper`); `whole` and `halves` are cuBLAS, for gate and up
 together or one by one, and the activation's own kernel.
 """

@@ -13,7 +13,8 @@ from mini_infer.kernels.attention_prefill_hopper import supports
 
 def tensors(heads=8, kv_heads=2, head_dim=128, block_size=16, dtype=torch.bfloat16):
     query = torch.zeros(3, heads, head_dim, dtype=dtype)
-    return query, torch.zeros(5, 2, kv_heads, block_size, head_dim, dtype=dtype)[:, 0]
+    caches = torch.zeros(5, 2, kv_heads, block_size, head_dim, dtype=dtype)
+    return query, caches[:, 0], caches[:, 1]
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_takes_what_models_have(on_hopper):
     assert supports(*tensors(head_dim=64, dtype=torch.float16))
     assert supports(*tensors(heads=6, block_size=8))
     qkv = torch.zeros(3, 12, 128, dtype=torch.bfloat16)
-    assert supports(qkv[:, :8], tensors()[1])
+    assert supports(qkv[:, :8], *tensors()[1:])
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,12 @@ def test_leaves_the_rest_to_the_other_kernel(on_hopper, change):
 
 
 def test_leaves_what_cannot_be_copied_16_bytes_at_a_time(on_hopper):
-    query, cache = tensors()
+    query, *caches = tensors()
     odd = torch.zeros(3, 8 * 128 + 8, dtype=query.dtype)[:, : 8 * 128].view(3, 8, 128)
-    assert not supports(odd, cache)
-    assert not supports(torch.zeros(3 * 8 * 128 + 1, dtype=query.dtype)[1:].view(3, 8, 128), cache)
+    assert not supports(odd, *caches)
+    assert not supports(torch.zeros(3 * 8 * 128 + 1, dtype=query.dtype)[1:].view(3, 8, 128), *caches)
+    shifted = torch.zeros(5 * 2 * 2 * 16 * 128 + 1, dtype=query.dtype)[1:].view(5, 2, 2, 16, 128)
+    assert not supports(query, caches[0], shifted[:, 1]) and not supports(query, shifted[:, 0], caches[1])
 
 
 def test_without_a_gpu():
@@ -98,7 +101,7 @@ class TestOnHopper:
         query = torch.randn(sum(q_lens), heads, head_dim, device="cuda").to(dtype)
         starts = torch.tensor([0, *q_lens]).cumsum(0).int().cuda()
         arguments = query, keys, values, tables, context, starts, head_dim**-0.5, window
-        assert supports(query, keys)
+        assert supports(query, keys, values)
         out = _launch_paged_prefill_attention(*arguments)
         expected = _launch_paged_prefill_attention(*arguments, config=prefill_config(head_dim, 2))
         torch.testing.assert_close(out.float(), expected.float(), atol=1e-2, rtol=1e-2)

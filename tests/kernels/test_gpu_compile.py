@@ -106,6 +106,8 @@ decode_frame._launch_advance_rows(slots, slots.int(), slots.int(), slots, f)
 for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.randn(4, 1).half()):
     counts = torch.zeros(4, logits.shape[1]).short()
     sampling._launch_sample(logits, f, f.int(), f, f, slots, slots, (f, f, f, slots.int(), counts))
+f, counts = torch.ones(5), torch.zeros(5, dtype=torch.int64)  # more rows than multiprocessors: two programs on each
+sampling._launch_sample(torch.randn(5, 9000).bfloat16(), f, f.int(), f, f, counts, counts, ())
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int(), ())
 assert len(set(compiled)) == 23, set(compiled)
 """

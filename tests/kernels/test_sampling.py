@@ -257,6 +257,16 @@ def test_distribution(backend):
     assert stats.chisquare(counts[probs > 0], draws * probs[probs > 0]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -20000.0, 20000.0])
+@pytest.mark.parametrize("cuts", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.999}], ids=str)
+def test_large_logits_lose_no_digits(backend, cuts, offset):
+    """The log-probability is of the differences, however large what they are differences of."""
+    x = (torch.arange(9000) % 7 / 8 + offset).repeat(2, 1).to(backend.device)  # each exact in float32
+    token_ids, logprobs = run(backend, x, **cuts)
+    expected = x.double().log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("vocab", [50, 2048, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_greedy(backend, vocab, dtype):
