@@ -12,9 +12,15 @@ from typing import Any
 
 
 def main() -> None:
-    """Print a line for each figure of the benchmarks on standard input."""
-    for line in summarize(sys.stdin):
-        print(line)
+    """Print a line for each figure of the benchmarks on standard input.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    lines = list(summarize(sys.stdin))
+    if not lines:
+        raise SystemExit("bench_summary: no benchmark's line of JSON on standard input")
+    print("\n".join(lines))
 
 
 def summarize(lines: Iterable[str]) -> Iterator[str]:

@@ -15,13 +15,19 @@ set -uo pipefail
 
 mode=all
 case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
 --quick | --kernels | --sanitize)
     mode=${1#--}
     shift
     ;;
 esac
 
-python3 -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)'
+python3 -c 'import sys, torch, triton
+torch.cuda.is_available() or sys.exit("gpu_check.sh: there is no GPU to check on")
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' || exit 1
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then
     workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=32)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("profile_step: there is no GPU to profile on")
     print(environment())
     config = EngineConfig(
         model=workloads.shape_folder(arguments.model),

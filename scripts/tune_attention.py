@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from typing import TypeAlias
 import torch
 import triton
 from torch import Tensor
-from tune_linear import compile_only, first_line, relative_error
+from tune_linear import architecture, compile_only, first_line, relative_error
 
 from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
 from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
@@ -266,9 +265,7 @@ def main() -> None:
         jobs += cases(decode, decode_candidates())
     if arguments.only != "decode":
         jobs += cases(prefill, prefill_candidates())
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
-    capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    compile_all(jobs, int(capability.split()[0].replace(".", "")))
+    compile_all(jobs, architecture())
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16\n")
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -68,7 +69,13 @@ def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
 
 
 def architecture() -> int:
-    """The GPU's compute capability, such as 90, without touching CUDA."""
+    """The GPU's compute capability, such as 90, without touching CUDA: processes are to be forked yet.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if shutil.which("nvidia-smi") is None:
+        raise SystemExit("there is no GPU to measure on: nvidia-smi is not there")
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return int(answer.strip().replace(".", ""))

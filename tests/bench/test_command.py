@@ -131,3 +131,5 @@ def test_summary(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> No
     first, second, third = done.stdout.splitlines()
     assert "latency, 1 " in first and "latency, 3 " in second and "ms a step (median " in second
     assert " bench-256 " in third and "output tok/s" in third and "off graph" in third
+    done = subprocess.run(command, cwd=ROOT, input="no JSON\n", capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and "no benchmark's line" in done.stderr
