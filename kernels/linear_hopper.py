@@ -23,8 +23,6 @@ the layout of the sums then has a gate and its up in the same thread.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 
-from typing import Any, NamedTuple
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -42,6 +40,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import cdiv, next_power_of_2, on_hopper
 from mini_infer.kernels.linear_common import check_tma
+from mini_infer.kernels.linear_hopper_load import Ring, load_partition
 from mini_infer.kernels.linear_plan import BOX_COLUMNS, Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
@@ -51,15 +50,6 @@ _REGISTERS = {4: 128, 8: 168}
 _LOAD_REGISTERS = 24  # that it keeps
 
 
-class Ring(NamedTuple):
-    """Tiles of x and of the weight, from the loading warp to the others. A stage has several boxes of columns."""
-
-    weight: Any  # [STAGES * BOXES, BLOCK_N, columns of a box]
-    x: Any  # [STAGES * BOXES, BLOCK_M, columns of a box]
-    ready: Any  # [STAGES, 1] barriers
-    free: Any
-
-
 @gluon.jit
 def _steps_of_program(k, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
     """This program's steps over the columns: (the first, how many, at least 0)."""
@@ -67,65 +57,6 @@ def _steps_of_program(k, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
     span = gl.cdiv(steps, SPLIT_K)
     first = gl.program_id(2) * span
     return first, gl.maximum(gl.minimum(steps - first, span), 0)
-
-
-@gluon.jit
-def _copy_weight(weight_tiles, step, stage, ring, BOXES: gl.constexpr, GATED: gl.constexpr):
-    """Begins to copy the weight of a step to a stage."""
-    BLOCK_N: gl.constexpr = ring.weight.shape[1]
-    COLUMNS: gl.constexpr = ring.weight.shape[2]
-    for box in gl.static_range(BOXES):
-        target = ring.weight.index(stage * BOXES + box)
-        column = (step * BOXES + box) * COLUMNS
-        if GATED:
-            target = target._reinterpret(weight_tiles.dtype, weight_tiles.block_type.shape, weight_tiles.layout)
-            place = [gl.program_id(1) * (BLOCK_N // 16), 0, 0, column]
-            tma.async_copy_global_to_shared(weight_tiles, place, ring.ready.index(stage), target)
-        else:
-            place = [gl.program_id(1) * BLOCK_N, column]
-            tma.async_copy_global_to_shared(weight_tiles, place, ring.ready.index(stage), target)
-
-
-@gluon.jit
-def _load_partition(
-    x_tiles,
-    weight_tiles,
-    out_tiles,
-    first,
-    steps,
-    ring,
-    out_smem,
-    residual_ready,
-    BOXES: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATED: gl.constexpr,
-    ADD: gl.constexpr,
-    DEPENDENT: gl.constexpr,
-):
-    """The loading warp."""
-    BLOCK_N: gl.constexpr = ring.weight.shape[1]
-    BLOCK_M: gl.constexpr = ring.x.shape[1]
-    COLUMNS: gl.constexpr = ring.x.shape[2]
-    BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * BOXES * COLUMNS * 2
-    for step in range(gl.minimum(steps, STAGES)):
-        mbarrier.expect(ring.ready.index(step), BYTES)
-        _copy_weight(weight_tiles, first + step, step, ring, BOXES, GATED)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-    if ADD:
-        mbarrier.expect(residual_ready, BLOCK_M * BLOCK_N * 2)
-        place = [gl.program_id(0) * BLOCK_M, gl.program_id(1) * BLOCK_N]
-        tma.async_copy_global_to_shared(out_tiles, place, residual_ready, out_smem)
-    for step in range(steps):
-        stage = step % STAGES
-        if step >= STAGES:
-            mbarrier.wait(ring.free.index(stage), step // STAGES + 1 & 1)
-            mbarrier.expect(ring.ready.index(stage), BYTES)
-            _copy_weight(weight_tiles, first + step, stage, ring, BOXES, GATED)
-        for box in gl.static_range(BOXES):
-            place = [gl.program_id(0) * BLOCK_M, ((first + step) * BOXES + box) * COLUMNS]
-            target = ring.x.index(stage * BOXES + box)
-            tma.async_copy_global_to_shared(x_tiles, place, ring.ready.index(stage), target)
 
 
 @gluon.jit
@@ -348,7 +279,7 @@ def _hopper_linear_kernel(
                 ),
             ),
             (
-                _load_partition,
+                load_partition,
                 (
                     x_tiles,
                     weight_tiles,
