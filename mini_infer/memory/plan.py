@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from mini_infer.exceptions import OutOfMemoryError
 
 GIB = 1 << 30
-CONTEXT_BYTES = 1 << 30
-"""More than a process's CUDA context takes, with its kernels. It cannot be told from what other processes hold."""
+CONTEXT_BYTES = 2 << 30
+"""More than a process's CUDA context takes, with its libraries and kernels; it cannot be told from what others hold."""
 SPARE_BYTES = 1 << 30
 """Left free on a GPU that others use as well: what they and their contexts take may still grow."""
 

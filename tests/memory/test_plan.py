@@ -206,4 +206,4 @@ def test_within_the_share_and_within_the_gpu(free: int, held: int, utilization: 
     made, others = budget(free, held=held, utilization=utilization)
     assert others == 80 - free - held
     assert made <= free + held
-    assert made + min(others, 1.0) <= 80 * utilization + 1e-6
+    assert made + min(others, CONTEXT_BYTES / GIB) <= 80 * utilization + 1e-6
