@@ -252,14 +252,15 @@ class _Checkpoint:
         self._used: set[str] = set()
 
     def __enter__(self) -> _Checkpoint:
-        for path in self._paths():
+        for path, listed in self._sources():
             try:
                 file = safe_open(path, framework="pt").__enter__()
             except (SafetensorError, OSError) as error:
                 self.__exit__()
                 raise ModelNotFoundError(f"{path} cannot be read as safetensors: {error}") from error
             self._files.append(file)
-            names = file.keys()
+            held = file.keys()
+            names = [name for name in held if listed is None or name in listed]
             twice = [name for name in names if name in self._file_of]
             if twice:
                 self.__exit__()
@@ -311,10 +312,14 @@ class _Checkpoint:
         if others:
             logger.warning("%s has tensors that are not used, %r among them", self._folder, others[0])
 
-    def _paths(self) -> Iterator[Path]:
-        """The files of the weights, as the Transformers library chooses them; other files may hold other weights."""
+    def _sources(self) -> Iterator[tuple[Path, set[str] | None]]:
+        """The files of the weights, as the Transformers library chooses them; other files may hold other weights.
+
+        Yields:
+            (file, which of its tensors count; None for all)
+        """
         if (self._folder / WEIGHTS_NAME).is_file():
-            yield self._folder / WEIGHTS_NAME
+            yield self._folder / WEIGHTS_NAME, None
             return
         index = self._folder / INDEX_NAME
         if index.is_file():
@@ -327,7 +332,8 @@ class _Checkpoint:
             missing = [name for name in names if not (self._folder / name).is_file()]
             if missing:
                 raise ModelNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-            yield from (self._folder / name for name in names)
+            for name in names:
+                yield self._folder / name, {tensor for tensor, file in weight_map.items() if file == name}
             return
         paths = sorted(self._folder.glob("*.safetensors"))
         if not paths:
@@ -335,7 +341,8 @@ class _Checkpoint:
                 f"{self._folder} has no *.safetensors; only the safetensors format is read (load_format='dummy' runs "
                 "random weights of the model's shape)"
             )
-        yield from paths
+        for path in paths:
+            yield path, None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -177,6 +177,16 @@ def test_an_index_rules_out_other_files(folder: Path) -> None:
     assert_equal(load(folder), expected)
 
 
+def test_an_index_says_which_of_two_is_meant(folder: Path) -> None:
+    """A tensor that two of its files hold, as some repositories have it."""
+    expected = load(folder)
+    shard(folder, 2)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: load_file(first)[name] + 1}, second)
+    assert_equal(load(folder), expected)
+
+
 def test_one_file_rules_out_all_others(folder: Path) -> None:
     """A copy of the weights beside them, or an index of shards that are gone, as the Transformers library has it."""
     expected = load(folder)
