@@ -16,7 +16,7 @@ def paged_prefill_attention_reference(
     sliding_window: int = 0,
 ) -> Tensor:
     """Prefill attention in plain torch, sequence by sequence."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     group = query.shape[1] // key_cache.shape[1]
     block_size = key_cache.shape[2]
     starts: list[int] = query_start_loc.tolist()

@@ -92,8 +92,8 @@ def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    new_residual = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    new_residual = out if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     num_rows = x.numel() // hidden
     if num_rows == 0:
         return out, new_residual

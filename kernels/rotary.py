@@ -131,8 +131,8 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     q, k, positions = _by_token(q), _by_token(k), position_ids.reshape(-1)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
