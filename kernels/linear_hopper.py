@@ -54,6 +54,8 @@ _LOAD_REGISTERS = 24  # that it keeps
 def _steps_of_program(k, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
     """This program's steps over the columns: (the first, how many, at least 0)."""
     steps = gl.cdiv(k, BLOCK_K)
+    if SPLIT_K == 1:
+        return steps * 0, steps
     span = gl.cdiv(steps, SPLIT_K)
     first = gl.program_id(2) * span
     return first, gl.maximum(gl.minimum(steps - first, span), 0)
