@@ -43,16 +43,12 @@ def spec(folder: Path) -> ModelSpec:
     return read_model_files(folder).spec
 
 
-def config_of(folder: Path, **options: Any) -> EngineConfig:
-    return tiny_config(folder, **{"max_num_seqs": 4, "max_model_len": 64, **options})
-
-
 # Type
 
 
 def shape_with(folder: Path, dtype: str, device: torch.device, trained: str | None) -> Shape:
     spec = replace(read_model_files(folder).spec, dtype=trained)
-    return Shape(config_of(folder, dtype=dtype), spec, device, choose_dtype(dtype, device), 64)
+    return Shape(tiny_config(folder, dtype=dtype), spec, device, choose_dtype(dtype, device), 64)
 
 
 @pytest.mark.parametrize(("name", "level"), [("float16", "INFO"), ("bfloat16", "WARNING")])
@@ -110,7 +106,7 @@ def test_the_type_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize("block_size", [1, 16, 256])
 def test_the_shortest_sequence(folder: Path, block_size: int) -> None:
     """max_model_len=2: one token in, one out, whatever the block size."""
-    with LLMEngine(config_of(folder, max_model_len=2, block_size=block_size)) as engine:
+    with LLMEngine(tiny_config(folder, max_model_len=2, block_size=block_size)) as engine:
         output = engine.generate([[5]], max_tokens=9)[0]
     assert len(output.token_ids) == 1
     assert output.finish_reason in ("length", "stop")
@@ -128,7 +124,7 @@ def test_a_gpu_that_is_full_under_way(folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(f"mini_infer.startup.{phase}", fail)
     with pytest.raises(OutOfMemoryError, match=r"20\.00 GiB") as raised:
-        LLMEngine(config_of(folder))
+        LLMEngine(tiny_config(folder))
     assert "gpu_memory_utilization" in str(raised.value)
 
 
@@ -164,7 +160,7 @@ def test_what_cannot_be_kept(
     monkeypatch.setenv("MINI_INFER_HOME", str(tmp_path / "a file"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     plan = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, None, 0.0, 9)
-    keep(Shape(config_of(folder), spec, GPU, torch.float16, 64), plan)
+    keep(Shape(tiny_config(folder), spec, GPU, torch.float16, 64), plan)
     assert "is not kept" in caplog.text and "MINI_INFER_HOME" in caplog.text
 
 
@@ -203,9 +199,9 @@ def test_no_start_without_a_graph_for_every_batch(folder: Path, monkeypatch: pyt
     """A bucket of the scheduler's that was not captured is found at the start, not by the first batch that needs it."""
     capture_on_a_cpu(monkeypatch, missing={3, 4})
     with pytest.raises(ConfigError, match=r"no captured graph for decode steps of 3-4, .* \[3, 4\]; .* \[1, 2, 5\]"):
-        LLMEngine(config_of(folder, max_num_seqs=5))
+        LLMEngine(tiny_config(folder, max_num_seqs=5))
     capture_on_a_cpu(monkeypatch, missing=set())
-    assert len(assemble(config_of(folder, max_num_seqs=5)).graphs) > 5
+    assert len(assemble(tiny_config(folder, max_num_seqs=5)).graphs) > 5
 
 
 def test_coverage_is_by_the_cheapest_bucket(folder: Path) -> None:
@@ -240,7 +236,7 @@ def test_default_buckets_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatc
     )
     for listed, expected in ((None, (*range(1, 17), 24, 40)), ([1, 2, 3, 4], (1, 2, 3, 4, 40))):
         parts = assemble(
-            config_of(folder, max_num_seqs=40, max_prefill_tokens=48, measure_costs=True, decode_buckets=listed)
+            tiny_config(folder, max_num_seqs=40, max_prefill_tokens=48, measure_costs=True, decode_buckets=listed)
         )
         assert parts.scheduler.decode_buckets.sizes == expected
         assert parts.scheduler.prefill_buckets.sizes == (16, 32, 48)
@@ -265,7 +261,7 @@ def test_what_an_earlier_start_measured(
 ) -> None:
     """It counts if it says all that this start must know."""
     params: Any = None
-    builder = RunnerBuilder(Shape.of(config_of(folder)), params)
+    builder = RunnerBuilder(Shape.of(tiny_config(folder)), params)
     stored = MachinePlan(0, 0, (1,), (1,), {1: 1.0}, {1: 1.0}, swap_ms, 0.0, measured)
     plan = MemoryPlan("a GPU", 0, 0, 0, 0, 0, 1, gpu_blocks, cpu_blocks, block_size=16)
     assert builder.covers(stored, plan) == covered
@@ -281,16 +277,16 @@ def test_what_is_measured_reaches_the_scheduler(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr("mini_infer.runner.ModelRunner.measure_context", measure_context)
     for listed in (None, [40], [6, 9], [1]):
-        parts = assemble(config_of(folder, max_num_seqs=40, measure_costs=True, decode_buckets=listed))
+        parts = assemble(tiny_config(folder, max_num_seqs=40, measure_costs=True, decode_buckets=listed))
         assert parts.scheduler.context_ms_per_token == 0.25
     assert asked == [(2, CPU_CONTEXT_ROWS), (40, CPU_CONTEXT_ROWS), (6, CPU_CONTEXT_ROWS), (1, 1)]
-    assert assemble(config_of(folder)).scheduler.context_ms_per_token == 0.0
+    assert assemble(tiny_config(folder)).scheduler.context_ms_per_token == 0.0
     assert len(asked) == 4
 
 
 def test_a_start_measures_context(folder: Path) -> None:
     """On a CPU, too: something between nothing and a millisecond a token."""
-    parts = assemble(config_of(folder, measure_costs=True))
+    parts = assemble(tiny_config(folder, measure_costs=True))
     assert 0.0 <= parts.scheduler.context_ms_per_token < 1.0
 
 
@@ -322,7 +318,7 @@ def test_a_tokenizer_that_is_not_there_costs_no_weights(folder: Path, tmp_path: 
         shutil.copy(folder / name, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ModelNotFoundError, match="no tokenizer"):
-        LLMEngine(config_of(tmp_path))
+        LLMEngine(tiny_config(tmp_path))
 
 
 def test_a_broken_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -331,7 +327,7 @@ def test_a_broken_tokenizer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     for load_format in ("auto", "dummy"):
         with pytest.raises(ModelNotFoundError, match="cannot be read"):
-            LLMEngine(config_of(tmp_path / "model", load_format=load_format))
+            LLMEngine(tiny_config(tmp_path / "model", load_format=load_format))
 
 
 def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -341,9 +337,9 @@ def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / "model")
     with pytest.raises(ModelNotFoundError, match=r"no tokenizer.*name another in `tokenizer`"):
-        LLMEngine(config_of(tmp_path / "model"))
+        LLMEngine(tiny_config(tmp_path / "model"))
     save_tiny_tokenizer(tmp_path / "tokenizer")  # and nothing else
-    with LLMEngine(config_of(tmp_path / "model", tokenizer=str(tmp_path / "tokenizer"))) as engine:
+    with LLMEngine(tiny_config(tmp_path / "model", tokenizer=str(tmp_path / "tokenizer"))) as engine:
         assert engine.generate("hello", max_tokens=2)[0].prompt_token_ids
 
 
@@ -351,7 +347,7 @@ def test_a_tokenizer_that_was_named_is_never_done_without(folder: Path, tmp_path
     """Dummy weights need no tokenizer, but one that the user named and that is not there is an error."""
     for tokenizer in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ModelNotFoundError, match=str(tokenizer)):
-            LLMEngine(config_of(folder, load_format="dummy", tokenizer=str(tokenizer)))
+            LLMEngine(tiny_config(folder, load_format="dummy", tokenizer=str(tokenizer)))
 
 
 def test_dummy_weights_of_a_bare_shape(folder: Path, tmp_path: Path) -> None:
@@ -359,7 +355,7 @@ def test_dummy_weights_of_a_bare_shape(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     outputs = []
     for seed in (0, 0, 1):
-        with LLMEngine(config_of(tmp_path, load_format="dummy", seed=seed)) as engine:
+        with LLMEngine(tiny_config(tmp_path, load_format="dummy", seed=seed)) as engine:
             assert engine.tokenizer is None
             assert not engine.has_chat_template
             output = engine.generate([[5, 6, 7]], max_tokens=20, temperature=0.0)[0]
@@ -375,7 +371,7 @@ def test_dummy_weights_of_a_bare_shape(folder: Path, tmp_path: Path) -> None:
 def test_report(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Every phase in order, adding up to the total; logged together with the memory plan."""
     with caplog.at_level(logging.INFO):
-        parts = assemble(config_of(folder, measure_costs=True))
+        parts = assemble(tiny_config(folder, measure_costs=True))
     assert list(parts.report.phases) == [
         "config", "waiting", "weights", "tokenizer", "memory", "kv cache", "capture", "costs", "scheduler",
     ]  # fmt: skip
@@ -388,11 +384,11 @@ def test_report(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_costs_are_measured_or_assumed(folder: Path) -> None:
     """Measured: a positive time for each bucket. Not measured: proportional, and said so."""
-    parts = assemble(config_of(folder, measure_costs=True))
+    parts = assemble(tiny_config(folder, measure_costs=True))
     for table in (parts.scheduler.decode_buckets, parts.scheduler.prefill_buckets):
         assert table.measured
         assert min(table.costs.values()) > 0
-    parts = assemble(config_of(folder))
+    parts = assemble(tiny_config(folder))
     assert not parts.scheduler.decode_buckets.measured
     assert parts.scheduler.decode_buckets.costs == pytest.approx({1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
 
@@ -401,7 +397,7 @@ def test_measuring_leaves_no_trace(folder: Path) -> None:
     """Measured steps run on padding: tokens afterwards are those of an engine that measured nothing."""
     outputs = []
     for measure in (False, True):
-        with LLMEngine(config_of(folder, measure_costs=measure, num_cpu_blocks=4)) as engine:
+        with LLMEngine(tiny_config(folder, measure_costs=measure, num_cpu_blocks=4)) as engine:
             outputs.append(engine.generate([[9, 8, 7], [3]], max_tokens=30, temperature=0.0))
             assert engine.stats().costs_measured is measure
             assert engine.stats().decode_steps <= 30
@@ -412,7 +408,7 @@ def test_measuring_leaves_no_trace(folder: Path) -> None:
 def test_buckets_are_total(folder: Path, sizes: list[int] | None) -> None:
     """Whatever sizes the user names, every batch up to max_num_seqs and every chunk has a bucket."""
     parts = assemble(
-        config_of(folder, max_num_seqs=5, decode_buckets=sizes, prefill_buckets=sizes, max_prefill_tokens=24)
+        tiny_config(folder, max_num_seqs=5, decode_buckets=sizes, prefill_buckets=sizes, max_prefill_tokens=24)
     )
     for size in range(1, 6):
         assert parts.scheduler.decode_buckets.bucket(size) >= size

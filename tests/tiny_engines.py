@@ -22,6 +22,8 @@ def tiny_config(folder: Path, **options: Any) -> EngineConfig:
     defaults: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_model_len": 64,
         "num_cpu_blocks": 0,
         "measure_costs": False,
         "progress": False,

@@ -15,7 +15,7 @@ def free_cpu_memory(root: Path = ROOT) -> int:
     Args:
         root: Where the file system with /proc and /sys begins.
     """
-    return min(_free_on_the_machine(root), *_free_in_groups(root))
+    return min([_free_on_the_machine(root), *_free_in_groups(root)])
 
 
 def _free_on_the_machine(root: Path) -> int:
@@ -27,7 +27,6 @@ def _free_on_the_machine(root: Path) -> int:
 
 def _free_in_groups(root: Path) -> Iterator[int]:
     """What the limits of the process's control groups leave, and of the groups around them. Version 2, then 1."""
-    yield 1 << 62
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

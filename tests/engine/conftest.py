@@ -11,12 +11,7 @@ import pytest
 
 from mini_infer import LLMEngine
 from mini_infer.step import SampledTokens, SchedulerOutputs
-from tests.engine.driving import (
-    assert_idle,
-    greedy,
-    make_engine,
-    runner_of,
-)
+from tests.engine.driving import assert_idle, greedy, make_engine, runner_of
 from tests.tiny_engines import make_tiny_folder
 
 

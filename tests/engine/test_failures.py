@@ -16,13 +16,7 @@ from mini_infer import LLMEngine
 from mini_infer.outputs import GenerateOutput
 from mini_infer.runner import StepHandle
 from mini_infer.step import ClearRow, SampledTokens, SchedulerOutputs, StepKind
-from tests.engine.driving import (
-    PROMPT,
-    fetch,
-    greedy,
-    prompts_of,
-    runner_of,
-)
+from tests.engine.driving import PROMPT, fetch, greedy, prompts_of, runner_of
 
 # Failing steps
 

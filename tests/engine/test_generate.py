@@ -16,16 +16,7 @@ from typing import Any
 import pytest
 
 from mini_infer import LLMEngine, SamplingParams
-from tests.engine.driving import (
-    MESSAGES,
-    PROMPT,
-    assert_idle,
-    encode,
-    fetch,
-    greedy,
-    make_engine,
-    prompts_of,
-)
+from tests.engine.driving import MESSAGES, PROMPT, assert_idle, encode, fetch, greedy, make_engine, prompts_of
 
 # Generate
 

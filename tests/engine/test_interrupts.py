@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 
 from mini_infer import LLMEngine
-from mini_infer.exceptions import (
-    EngineBusyError,
-    EngineClosedError,
-    EngineDeadError,
-    describe,
-)
+from mini_infer.exceptions import EngineBusyError, EngineClosedError, EngineDeadError, describe
 from mini_infer.outputs import GenerateOutput
 from mini_infer.runner import StepHandle
 from mini_infer.step import SchedulerOutputs

@@ -11,23 +11,12 @@ import pytest
 
 from mini_infer import LLMEngine
 from mini_infer.buckets import BucketUse
-from mini_infer.exceptions import (
-    ConfigError,
-    EngineClosedError,
-)
+from mini_infer.exceptions import ConfigError, EngineClosedError
 from mini_infer.outputs import StreamIncrement
 from mini_infer.request import Request
 from mini_infer.runner import StepHandle
 from mini_infer.step import SchedulerOutputs
-from tests.engine.driving import (
-    MESSAGES,
-    PROMPT,
-    assert_idle,
-    fetch,
-    greedy,
-    make_engine,
-    prompts_of,
-)
+from tests.engine.driving import MESSAGES, PROMPT, assert_idle, fetch, greedy, make_engine, prompts_of
 
 # Stats
 

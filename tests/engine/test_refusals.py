@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 
 from mini_infer import LLMEngine, SamplingParams
-from mini_infer.exceptions import (
-    InvalidRequestError,
-    OutOfMemoryError,
-)
-from tests.engine.driving import (
-    PROMPT,
-    assert_idle,
-    encode,
-    fetch,
-    greedy,
-    make_engine,
-)
+from mini_infer.exceptions import InvalidRequestError, OutOfMemoryError
+from tests.engine.driving import PROMPT, assert_idle, encode, fetch, greedy, make_engine
 from tests.tiny_models import make_tiny_model
 
 BAD_PROMPTS: list[tuple[Any, str]] = [

@@ -12,20 +12,11 @@ from collections.abc import Callable
 import pytest
 
 from mini_infer import LLMEngine
-from mini_infer.exceptions import (
-    InvalidRequestError,
-)
+from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import GenerateOutput
 from mini_infer.request import RequestStatus
 from mini_infer.step import SchedulerOutputs
-from tests.engine.driving import (
-    PROMPT,
-    fetch,
-    greedy,
-    prompts_of,
-    runner_of,
-    scheduler_of,
-)
+from tests.engine.driving import PROMPT, fetch, greedy, prompts_of, runner_of, scheduler_of
 
 # Polling
 

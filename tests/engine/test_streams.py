@@ -16,19 +16,8 @@ from typing import Any
 import pytest
 
 from mini_infer import LLMEngine
-from mini_infer.exceptions import (
-    InvalidRequestError,
-)
-from tests.engine.driving import (
-    MESSAGES,
-    PROMPT,
-    assert_idle,
-    encode,
-    fetch,
-    greedy,
-    make_engine,
-    prompts_of,
-)
+from mini_infer.exceptions import InvalidRequestError
+from tests.engine.driving import MESSAGES, PROMPT, assert_idle, encode, fetch, greedy, make_engine, prompts_of
 from tests.tiny_tokenizers import CHAT_TEMPLATE, save_tiny_tokenizer
 
 # Streams
