@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_infer.graphs.kv_cache import KVCache
-from mini_infer.graphs.params import Params
+from mini_infer.graphs.params import LayerParams, Params
 from mini_infer.graphs.prefill_inputs import PrefillInputs
 from mini_infer.graphs.spec import ModelSpec
 from mini_infer.graphs.state import DecodeRows, SamplingRows
@@ -65,7 +65,7 @@ def decode_step(spec: ModelSpec, params: Params, kv: KVCache, rows: DecodeRows) 
             sliding_window=window,
         )
 
-    _layers(spec, params, kv, hidden, positions, slots, attend)
+    _layers(spec, params, kv, hidden, positions, slots, attend, len(params.layers))
     return _sample(spec, params, hidden, rows.sampling, rows.seq_lens)
 
 
@@ -81,17 +81,28 @@ def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillIn
     Returns:
         (token ids [num_seqs] int64, their log probabilities [num_seqs] float32).
     """
-
-    hidden = _prefill_hidden(spec, params, kv, inputs)
-    return _sample(spec, params, hidden[inputs.last_tokens], inputs.sampling, inputs.context_lens)
+    hidden, squares = _prefill_layers(spec, params, kv, inputs, len(params.layers) - 1)
+    query = _project(spec, params, kv, -1, hidden, squares, inputs.positions, inputs.slot_mapping)
+    # With the last layer's K and V stored, the rest of it is for the tokens that one is sampled after, no others; each
+    # of them attends to its whole context, as in a decode step.
+    hidden, query = hidden[inputs.last_tokens], query[inputs.last_tokens]
+    window = spec.sliding_windows[-1]
+    attended = paged_attention(query, *kv.layers[-1], inputs.block_tables, inputs.context_lens, sliding_window=window)
+    _finish(spec, params.layers[-1], hidden, attended)
+    return _sample(spec, params, hidden, inputs.sampling, inputs.context_lens)
 
 
 def prefill_logits(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
     """Logits of every token of a prefill step, [num_tokens, vocab_size]; for comparing models, not for serving."""
-    return _logits(spec, params, _prefill_hidden(spec, params, kv, inputs))
+    hidden, _ = _prefill_layers(spec, params, kv, inputs, len(params.layers))
+    return _logits(spec, params, hidden)
 
 
-def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs) -> Tensor:
+def _prefill_layers(
+    spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillInputs, num_layers: int
+) -> tuple[Tensor, Tensor | None]:
+    """The first layers for every token: (hidden [num_tokens, hidden_size], squares)."""
+
     def attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, window: int) -> Tensor:
         return paged_prefill_attention(
             query,
@@ -104,8 +115,8 @@ def _prefill_hidden(spec: ModelSpec, params: Params, kv: KVCache, inputs: Prefil
         )
 
     hidden = F.embedding(inputs.token_ids, params.embedding)
-    _layers(spec, params, kv, hidden, inputs.positions, inputs.slot_mapping, attend)
-    return hidden
+    squares = _layers(spec, params, kv, hidden, inputs.positions, inputs.slot_mapping, attend, num_layers)
+    return hidden, squares
 
 
 def _layers(
@@ -116,32 +127,56 @@ def _layers(
     positions: Tensor,
     slots: Tensor,
     attend: Attention,
-) -> None:
-    """All layers. Each half adds its result to the residual stream ``hidden`` [num_tokens, hidden_size] in place."""
-    squares = None  # of the rows of `hidden`, where the product that made them has left their sums
-    for index, layer in enumerate(params.layers):
-        key_cache, value_cache = kv.layers[index]
-        query = prepare_qkv(
-            norm_linear(hidden, squares, spec.rms_norm_eps, layer.qkv),
-            layer.q_norm,
-            layer.k_norm,
-            params.cos,
-            params.sin,
-            positions,
-            key_cache,
-            value_cache,
-            slots,
-            spec.num_heads,
-            spec.rms_norm_eps,
-        )
-        attended = attend(query, key_cache, value_cache, spec.sliding_windows[index])
-        squares = add_linear(hidden, attended.flatten(1), layer.o)
-        pieces = hidden.split(_MLP_ROWS)
-        for rows in pieces:
-            gated = norm_linear(rows, squares, spec.rms_norm_eps, layer.gate_up, gated=True)
-            left = add_linear(rows, gated, layer.down)
-            del gated  # before the next rows need as much
-        squares = left if len(pieces) == 1 else None
+    num_layers: int,
+) -> Tensor | None:
+    """The first layers. Each half adds its result to the residual stream ``hidden`` [num_tokens, hidden_size] in place.
+
+    Returns:
+        The sums of squares of the rows of ``hidden``, where the last product has left them.
+    """
+    squares = None
+    for index in range(num_layers):
+        query = _project(spec, params, kv, index, hidden, squares, positions, slots)
+        attended = attend(query, *kv.layers[index], spec.sliding_windows[index])
+        squares = _finish(spec, params.layers[index], hidden, attended)
+    return squares
+
+
+def _project(
+    spec: ModelSpec,
+    params: Params,
+    kv: KVCache,
+    index: int,
+    hidden: Tensor,
+    squares: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """A layer's queries, [num_tokens, num_heads, head_dim]; its K and V go to their slots."""
+    layer = params.layers[index]
+    return prepare_qkv(
+        norm_linear(hidden, squares, spec.rms_norm_eps, layer.qkv),
+        layer.q_norm,
+        layer.k_norm,
+        params.cos,
+        params.sin,
+        positions,
+        *kv.layers[index],
+        slots,
+        spec.num_heads,
+        spec.rms_norm_eps,
+    )
+
+
+def _finish(spec: ModelSpec, layer: LayerParams, hidden: Tensor, attended: Tensor) -> Tensor | None:
+    """What follows a layer's attention. Returns the squares of the rows of ``hidden``, if they were left."""
+    squares = add_linear(hidden, attended.flatten(1), layer.o)
+    pieces = hidden.split(_MLP_ROWS)
+    for rows in pieces:
+        gated = norm_linear(rows, squares, spec.rms_norm_eps, layer.gate_up, gated=True)
+        left = add_linear(rows, gated, layer.down)
+        del gated  # before the next rows need as much
+    return left if len(pieces) == 1 else None
 
 
 def _logits(spec: ModelSpec, params: Params, hidden: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ class PrefillInputs:
     """Packed chunks of prompts.
 
     The padding tokens are sequences too, token 0 at positions 0, 1, ..., whose tables are all null block: ordinary
-    tokens to every kernel. Sequences that are not used have no tokens.
+    tokens to every kernel. Sequences that are not used have no tokens, and come last.
 
     Attributes:
         token_ids: [num_tokens] int32.
         positions: [num_tokens] int32.
         slot_mapping: [num_tokens] int32, where each token's K/V goes.
         block_tables: [num_seqs, max_blocks] int32.
-        context_lens: [num_seqs] int32, tokens including this chunk's.
+        context_lens: [num_seqs] int32, tokens including this chunk's; 0 of a sequence that is not used.
         query_start_loc: [num_seqs + 1] int32, where each chunk begins; the last entry is num_tokens.
         last_tokens: [num_seqs] int32, index of each chunk's last token.
         rows: [num_seqs] int32, the decode row that takes the sampled token.
@@ -129,7 +129,6 @@ class PrefillBuffer:
         flat = np.zeros(self._size, dtype=np.int32)
         host = {name: flat[begin:end].reshape(shape) for name, begin, end, shape in self._sections()}
         host["rows"][:] = self._spare_row
-        host["context_lens"][:] = 1
         host["top_k"][:] = -1
         for name in ("top_p", "repetition_penalty"):
             host[name].view(np.float32)[:] = 1.0

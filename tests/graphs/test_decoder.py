@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.graphs import decoder
-from mini_infer.graphs.decoder import decode_step, prefill_step
+from mini_infer.graphs.decoder import decode_step, prefill_logits, prefill_step
 from mini_infer.graphs.kv_cache import KVCache
 from mini_infer.graphs.params import Params
 from mini_infer.graphs.prefill_inputs import PrefillBuffer, PrefillInputs
@@ -246,6 +246,16 @@ def test_noise_that_is_nobodys(weights: Weights, step: Step, slots: set[tuple[in
     assert torch.equal(ours[1], expected[1])
     for block, slot in own:
         assert torch.equal(noisy.blocks[:, :, block, :, slot], kv.blocks[:, :, block, :, slot])
+
+
+@torch.inference_mode()
+def test_the_last_layer_for_the_last_tokens(weights: Weights) -> None:
+    """A prefill step, which takes no other tokens through its last layer, samples from the logits of all layers."""
+    token_ids, logprobs = run_prefill(weights, noisy_cache(weights.spec))
+    inputs = prefill_inputs(PREFILL_TOKENS)
+    logits = prefill_logits(weights.spec, weights.params, noisy_cache(weights.spec), inputs)
+    expected = logits[inputs.last_tokens[:3]].log_softmax(dim=-1).gather(1, token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ def oracle(shape: Shape, chunks: list[PrefillChunk]) -> dict[str, list[Any]]:
             expected["positions"].append(position)
             expected["slot_mapping"].append(block * shape.block_size + position % shape.block_size)
         expected["block_tables"].append(full_table)
-        expected["context_lens"].append(start + len(token_ids) if token_ids else 1)
+        expected["context_lens"].append(start + len(token_ids) if token_ids else 0)
         expected["last_tokens"].append(len(expected["token_ids"]) - 1)
         expected["rows"].append(shape.spare_row if row == NO_ROW else row)
         for name in SAMPLING:
@@ -177,8 +178,8 @@ def test_layout(data: st.DataObject) -> None:
 @PROPERTY
 @given(data=st.data())
 def test_what_the_kernels_rely_on(data: st.DataObject) -> None:
-    """Chunks tile the bucket, no sequence outgrows its table, tokens of real sequences never share a slot with
-    padding, and padding stays in the null block."""
+    """Chunks tile the bucket, no sequence outgrows its table, those without tokens come last, tokens of real sequences
+    never share a slot with padding, and padding stays in the null block."""
     shape = data.draw(shapes)
     chunks = data.draw(chunks_for(shape))
     buffer = shape.buffer()
@@ -188,8 +189,11 @@ def test_what_the_kernels_rely_on(data: st.DataObject) -> None:
     assert starts[0] == 0
     assert starts[-1] == shape.num_tokens
     assert starts == sorted(starts)
-    lengths = inputs.context_lens
-    assert 1 <= int(lengths.min()) <= int(lengths.max()) <= shape.block_size * shape.max_blocks
+    lengths = inputs.context_lens.tolist()
+    assert max(lengths) <= shape.block_size * shape.max_blocks
+    used = [stop > start for start, stop in itertools.pairwise(starts)]
+    assert used == sorted(used, reverse=True)
+    assert used == [length > 0 for length in lengths]
     assert 0 <= int(inputs.last_tokens.min()) <= int(inputs.last_tokens.max()) < shape.num_tokens
     num_real = sum(len(chunk.token_ids) for chunk in chunks)
     assert bool((inputs.slot_mapping[:num_real] >= shape.block_size).all())
