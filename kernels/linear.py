@@ -14,7 +14,7 @@ On the CPU in float32 `pack_linear` reorders a weight once into oneDNN's blocked
 times faster than `F.linear` at 1 to 256 rows (measured on two EPYC cores), which is most of a CPU decode step. The
 plain weight is dropped, so no memory is spent twice.
 
-On a GPU `with_tiles` attaches to a weight which of the kernels of `skinny_linear` to use for 1 to 256 rows. The choice
+On a GPU `with_tiles` attaches to a weight which of the kernels of `skinny_linear` to use for how many rows. The choice
 depends on shapes alone, so it is made once, when a step is captured. Everything else is cuBLAS, and a kernel for what
 lies beside the product.
 """

@@ -15,7 +15,9 @@ The residual comes the same way, and results leave through shared memory, so tha
 
 Every program reads its rows of x as well as its weight, from the L2 cache: with many rows of x that is most of what a
 multiprocessor takes in. Larger tiles, for which eight warps have the registers, read less of it; so that there are as
-many programs as multiprocessors all the same, they share the columns.
+many programs as multiprocessors all the same, they share the columns. With thousands of rows there are many more tiles
+than multiprocessors: then a program stays on each, and its loading warp goes on to the next tile while the results of
+this one are written.
 
 With the gate a tile of the weight's rows holds 8 rows of the gate, the same 8 of up, the next 8 of the gate and so on:
 the layout of the sums then has a gate and its up in the same thread.
@@ -38,9 +40,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import cdiv, next_power_of_2, on_hopper
+from mini_infer.kernels.common import cdiv, multiprocessors, next_power_of_2, on_hopper
 from mini_infer.kernels.linear_common import check_tma
-from mini_infer.kernels.linear_hopper_load import Ring, load_partition
+from mini_infer.kernels.linear_hopper_load import Ring, load_partition, place_of, tile_range
 from mini_infer.kernels.linear_plan import BOX_COLUMNS, Tile
 from mini_infer.kernels.linear_reduce import reduce_splits
 
@@ -48,6 +50,8 @@ from mini_infer.kernels.linear_reduce import reduce_splits
 # that make up the group of four with it, give most of theirs away.
 _REGISTERS = {4: 128, 8: 168}
 _LOAD_REGISTERS = 24  # that it keeps
+
+_MANY = 4  # tiles for each multiprocessor, from which on a program stays
 
 
 @gluon.jit
@@ -62,10 +66,10 @@ def _steps_of_program(k, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
 
 
 @gluon.jit
-def _store_sums(sums_ptr, sums, m, n):
+def _store_sums(sums_ptr, sums, at, m, n):
     """Stores a program's part of the sums. Lanes that lie side by side have columns that do."""
-    rows = gl.program_id(0) * sums.shape[0] + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, sums.type.layout))
-    columns = gl.program_id(1) * sums.shape[1] + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
+    rows = at.row * sums.shape[0] + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, sums.type.layout))
+    columns = at.column * sums.shape[1] + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
     places = (gl.program_id(2) * m + rows).to(gl.int64)[:, None] * n + columns[None, :]
     gl.store(sums_ptr + places, sums, mask=(rows < m)[:, None] & (columns < n)[None, :])
 
@@ -73,6 +77,7 @@ def _store_sums(sums_ptr, sums, m, n):
 @gluon.jit
 def _finish(
     acc,  # [BLOCK_N, BLOCK_M]
+    at,
     out_tiles,
     bias_ptr,
     out_squares_ptr,
@@ -86,8 +91,9 @@ def _finish(
     NORMS: gl.constexpr,
     ADD: gl.constexpr,
     LEAVES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
 ):
-    """What follows the sums, up to the results in memory."""
+    """What follows the sums, up to the results on their way to memory."""
     BLOCK_N: gl.constexpr = acc.shape[0]
     BLOCK_M: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
@@ -96,11 +102,11 @@ def _finish(
     if HAS_BIAS:
         j = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
         if GATED:
-            column = gl.program_id(1) * (BLOCK_N // 2) + j // 16 * 8 + j % 8
+            column = at.column * (BLOCK_N // 2) + j // 16 * 8 + j % 8
             known = column < n // 2
             column += j // 8 % 2 * (n // 2)
         else:
-            column = gl.program_id(1) * BLOCK_N + j
+            column = at.column * BLOCK_N + j
             known = column < n
         acc = acc + gl.load(bias_ptr + column, mask=known, other=0.0).to(gl.float32)[:, None]
     if GATED:
@@ -112,16 +118,49 @@ def _finish(
         mbarrier.wait(residual_ready, 0)
         out = out + out_smem.load(out_layout).to(gl.float32)
     out = out.to(out_tiles.dtype)
+    if PERSISTENT:
+        tma.store_wait(0)  # of the tile before
     out_smem.store(out)
     fence_async_shared()
-    place = [gl.program_id(0) * BLOCK_M, gl.program_id(1) * out_smem.shape[1]]
-    tma.async_copy_shared_to_global(out_tiles, place, out_smem)
+    tma.async_copy_shared_to_global(out_tiles, [at.row * BLOCK_M, at.column * out_smem.shape[1]], out_smem)
     if LEAVES:
-        rows = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
+        rows = at.row * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
         # Columns past the end are 0: so are the weight's rows there, and what is added.
         kept = out.to(gl.float32)
-        gl.store(out_squares_ptr + gl.program_id(1) * m + rows, gl.sum(kept * kept, axis=1), mask=rows < m)
-    tma.store_wait(0)
+        gl.store(out_squares_ptr + at.column * m + rows, gl.sum(kept * kept, axis=1), mask=rows < m)
+
+
+@gluon.jit
+def _norm_scale(at, x_squares_ptr, m, k, parts, eps, BLOCK_M: gl.constexpr, BLOCK_PARTS: gl.constexpr):
+    """What the rows of x are multiplied with, [BLOCK_M]."""
+    part_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    part = gl.arange(0, BLOCK_PARTS, layout=gl.SliceLayout(1, part_layout))
+    row = at.row * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, part_layout))
+    known = (part < parts)[:, None] & (row < m)[None, :]
+    squares = gl.load(x_squares_ptr + (part * m)[:, None] + row[None, :], mask=known, other=0.0)
+    return 1.0 / gl.sqrt_rn(gl.sum(squares, axis=0) / k + eps)
+
+
+@gluon.jit
+def _sum_tile(before, steps, ring, BOXES: gl.constexpr, STAGES: gl.constexpr, FREES_LAST: gl.constexpr):
+    """The sums of a tile, [BLOCK_N, BLOCK_M]; `before` it the program had so many steps."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    BLOCK_M: gl.constexpr = ring.x.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    for step in range(before, before + steps):
+        stage = step % STAGES
+        mbarrier.wait(ring.ready.index(stage), step // STAGES & 1)
+        for box in gl.static_range(BOXES):
+            weight = ring.weight.index(stage * BOXES + box)
+            acc = warpgroup_mma(weight, ring.x.index(stage * BOXES + box).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(BOXES, deps=[acc])  # the products of the stage before are done
+        if step > before:
+            mbarrier.arrive(ring.free.index((step - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    if FREES_LAST:
+        mbarrier.arrive(ring.free.index((before + steps - 1) % STAGES))
+    return acc
 
 
 @gluon.jit
@@ -137,6 +176,7 @@ def _compute_partition(
     parts,
     eps,
     steps,
+    tiles,
     ring,
     out_smem,
     residual_ready,
@@ -150,56 +190,46 @@ def _compute_partition(
     BLOCK_PARTS: gl.constexpr,
     ADD: gl.constexpr,
     LEAVES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
-    """The computing warps: the sums, and what follows them."""
-    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    """The computing warps: the sums of every tile of the program, and what follows them."""
     BLOCK_M: gl.constexpr = ring.x.shape[1]
-    warps: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK_M, 16])
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    if NORMS:
-        part_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
-        part = gl.arange(0, BLOCK_PARTS, layout=gl.SliceLayout(1, part_layout))
-        row = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, part_layout))
-        known = (part < parts)[:, None] & (row < m)[None, :]
-        squares = gl.load(x_squares_ptr + (part * m)[:, None] + row[None, :], mask=known, other=0.0)
-        scale_smem.store(1.0 / gl.sqrt_rn(gl.sum(squares, axis=0) / k + eps))
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
-    for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ring.ready.index(stage), step // STAGES & 1)
-        for box in gl.static_range(BOXES):
-            weight = ring.weight.index(stage * BOXES + box)
-            acc = warpgroup_mma(weight, ring.x.index(stage * BOXES + box).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(BOXES, deps=[acc])  # the products of the stage before are done
-        if step > 0:
-            mbarrier.arrive(ring.free.index((step - 1) % STAGES))
-    acc = warpgroup_mma_wait(0, deps=[acc])
-
-    if SPLIT_K > 1:
-        _store_sums(sums_ptr, gl.permute(acc, (1, 0)), m, n)
-    else:
-        _finish(
-            acc,
-            out_tiles,
-            bias_ptr,
-            out_squares_ptr,
-            m,
-            n,
-            out_smem,
-            residual_ready,
-            scale_smem,
-            GATED,
-            HAS_BIAS,
-            NORMS,
-            ADD,
-            LEAVES,
-        )
+    first, last, stride = tile_range(tiles, PERSISTENT)
+    before = 0
+    for tile in range(first, last, stride):
+        at = place_of(tile, m, BLOCK_M, PERSISTENT)
+        if NORMS:
+            scale_smem.store(_norm_scale(at, x_squares_ptr, m, k, parts, eps, BLOCK_M, BLOCK_PARTS))
+        acc = _sum_tile(before, steps, ring, BOXES, STAGES, PERSISTENT)
+        before += steps
+        if SPLIT_K > 1:
+            _store_sums(sums_ptr, gl.permute(acc, (1, 0)), at, m, n)
+        else:
+            _finish(
+                acc,
+                at,
+                out_tiles,
+                bias_ptr,
+                out_squares_ptr,
+                m,
+                n,
+                out_smem,
+                residual_ready,
+                scale_smem,
+                GATED,
+                HAS_BIAS,
+                NORMS,
+                ADD,
+                LEAVES,
+                PERSISTENT,
+            )
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["m", "parts"])
+@gluon.jit(do_not_specialize=["m", "parts", "tiles"])
 def _hopper_linear_kernel(
     x_tiles,  # [m, k] in boxes [BLOCK_M, 64]
     weight_tiles,  # [n, k] in boxes [BLOCK_N, 64]; with the gate [n / 16, 2, 8, k] in boxes [BLOCK_N / 16, 2, 8, 64]
@@ -213,6 +243,7 @@ def _hopper_linear_kernel(
     k,
     parts,
     eps,
+    tiles,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BOXES: gl.constexpr,
@@ -224,6 +255,7 @@ def _hopper_linear_kernel(
     BLOCK_PARTS: gl.constexpr,
     ADD: gl.constexpr,  # to what out holds
     LEAVES: gl.constexpr,
+    PERSISTENT: gl.constexpr,  # programs take tiles in turn; of what is above, with GATED, HAS_BIAS and NORMS only
     LOAD_REGISTERS: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
@@ -264,6 +296,7 @@ def _hopper_linear_kernel(
                     parts,
                     eps,
                     steps,
+                    tiles,
                     ring,
                     out_smem,
                     residual_ready,
@@ -277,6 +310,7 @@ def _hopper_linear_kernel(
                     BLOCK_PARTS,
                     ADD,
                     LEAVES,
+                    PERSISTENT,
                     DEPENDENT,
                 ),
             ),
@@ -286,8 +320,10 @@ def _hopper_linear_kernel(
                     x_tiles,
                     weight_tiles,
                     out_tiles,
+                    m,
                     first,
                     steps,
+                    tiles,
                     ring,
                     out_smem,
                     residual_ready,
@@ -295,6 +331,7 @@ def _hopper_linear_kernel(
                     STAGES,
                     GATED,
                     ADD,
+                    PERSISTENT,
                     DEPENDENT,
                 ),
             ),
@@ -345,8 +382,11 @@ def launch_hopper(
         weight_tiles = TensorDescriptor(weight, [n, k], [stride, 1], [tile.block_n, BOX_COLUMNS], layout)
     parts = 1 if x_squares is None else x_squares.shape[0]
     sums = out if whole else torch.empty((tile.split_k, m, n), dtype=torch.float32, device=rows.device)
-    columns = cdiv(width if whole else n, tile_width)
-    _hopper_linear_kernel[(cdiv(m, tile.block_m), columns, tile.split_k)](
+    grid = (cdiv(m, tile.block_m), cdiv(width if whole else n, tile_width), tile.split_k)
+    programs = multiprocessors(rows.device)
+    alone = tile.num_warps == 8  # on its multiprocessor
+    persistent = alone and whole and out_squares is None and grid[0] * grid[1] >= _MANY * programs
+    _hopper_linear_kernel[(programs,) if persistent else grid](
         TensorDescriptor(rows, [m, k], [rows.stride(0), 1], [tile.block_m, BOX_COLUMNS], layout),
         weight_tiles,
         TensorDescriptor(
@@ -361,6 +401,7 @@ def launch_hopper(
         k,
         parts,
         eps,
+        grid[0] * grid[1],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BOXES=tile.block_k // BOX_COLUMNS,
@@ -372,6 +413,7 @@ def launch_hopper(
         BLOCK_PARTS=next_power_of_2(parts),
         ADD=out_squares is not None and whole,
         LEAVES=out_squares is not None and whole and len(out_squares) > 0,
+        PERSISTENT=persistent,
         LOAD_REGISTERS=_LOAD_REGISTERS,
         num_warps=tile.num_warps,
         maxnreg=_REGISTERS[tile.num_warps],

@@ -12,8 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-"""Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS."""
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+PREFILL_BUCKETS = (512, 1024, 2048, 4096)
+M_BUCKETS = DECODE_BUCKETS + PREFILL_BUCKETS
+"""Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS.
+
+Where there are many rows cuBLAS multiplies faster, but a product with the gate need not write the gate and up.
+"""
 
 REDUCED_COLUMNS = 256
 """Columns of the result that one program adds up where several shared the columns of the weight."""
@@ -26,6 +31,9 @@ BOX_COLUMNS = 64
 
 HOPPER_SUMS = 4096
 """Of a hopper tile, most sums of a warp: 128 registers of each thread."""
+
+LEAST_GATED_ROWS = 2048
+"""From which on the gate is taken in a hopper tile, where nothing was measured."""
 
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64
@@ -163,12 +171,12 @@ def pick(tiles: Tiles, m: int) -> Tile | None:
 
 
 def default_tile(m: int, n: int, k: int, role: Role, element_size: int, *, hopper: bool) -> Tile | None:
-    """A choice that was not measured for this shape: what did well on an H200 on others.
+    """A choice that was not measured for this shape: what did well on an H200 or an H100 on others.
 
     Up to 4 rows: one or a few weight rows a program with all their columns in flight. From 5 to 64, on a Hopper GPU:
     hopper tiles, as deep as shared memory allows; two programs share a multiprocessor where the weight has rows for
     more than one each. Elsewhere up to 32: tensor-core tiles of 16 or 32 weight rows, deep in k, few warps. Above,
-    cuBLAS is hard to beat, and so it is in float32.
+    cuBLAS is hard to beat, and so it is in float32; but for the gate with thousands of rows, on a Hopper GPU.
 
     Args:
         m, n, k: Rows of x; rows and columns of the weight.
@@ -183,9 +191,15 @@ def default_tile(m: int, n: int, k: int, role: Role, element_size: int, *, hoppe
         block_n = max(2 if role == "norm_gate" else 1, min(4, 4096 // block_k))
         norms = role in ("norm", "norm_gate") and m == 1 and block_k <= 2048  # much less than the product
         return Tile("gemv", block_n, block_k, num_warps=8 if block_n * block_k >= 4096 else 4, norms=norms)
-    if m > MAX_DOT_ROWS or element_size != 2:
+    if element_size != 2:
         return None
-    if hopper and k % 8 == 0 and n % (16 if role == "norm_gate" else 8) == 0:
+    hopper = hopper and k % 8 == 0 and n % (16 if role == "norm_gate" else 8) == 0
+    if hopper and m >= LEAST_GATED_ROWS and role == "norm_gate":
+        block_n, num_stages, block_m = (128, 3, 256) if k >= 2048 else (256, 4, 128)
+        return Tile("hopper", block_n, 64, num_warps=8, num_stages=num_stages, block_m=block_m)
+    if m > MAX_DOT_ROWS:
+        return None
+    if hopper:
         return _default_hopper_tile(m, n, role)
     if m > 32:
         return None

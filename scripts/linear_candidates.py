@@ -5,9 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
-from mini_infer.kernels.linear_plan import MAX_DOT_ROWS, MAX_GEMV_ROWS, MAX_NORMED_ROWS, Role, Tile, square_parts
+from mini_infer.kernels.linear_plan import (
+    DECODE_BUCKETS,
+    MAX_DOT_ROWS,
+    MAX_GEMV_ROWS,
+    MAX_NORMED_ROWS,
+    LinearPlan,
+    Role,
+    ShapeKey,
+    Tile,
+    square_parts,
+)
 
 SHAPES: dict[str, dict[str, tuple[int, int, Role]]] = {
     "8b": {
@@ -172,8 +183,21 @@ def hopper_tiles(problem: Problem) -> list[Tile]:
     ]
 
 
+def prefill_tiles() -> list[Tile]:
+    """Candidates for the gate of many rows, after a kernel that norms: (block_m, block_n, block_k, warps, stages)."""
+    sizes = [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 5)]
+    return [Tile("hopper", n, k, warps, stages, block_m=m) for m, n, k, warps, stages in sizes]
+
+
+def is_worthwhile(problem: Problem) -> bool:
+    """Whether there is anything to choose: of many rows only the gate is not best left to cuBLAS."""
+    return problem.m in DECODE_BUCKETS or problem.gated
+
+
 def candidates(problem: Problem, quick: bool) -> list[Tile]:
     """What is worth measuring for this product."""
+    if problem.m not in DECODE_BUCKETS:
+        return prefill_tiles()
     gemv = gemv_tiles(problem) if problem.m <= MAX_GEMV_ROWS else []
     dot = dot_tiles(problem) if problem.m <= MAX_DOT_ROWS else []
     tma, hopper = tma_tiles(problem), hopper_tiles(problem)
@@ -190,6 +214,25 @@ def candidates(problem: Problem, quick: bool) -> list[Tile]:
         if problem.m > MAX_DOT_ROWS:
             tiles += [Tile("halves"), Tile("halves", norms=True)]
     return tiles
+
+
+def plan_name(gpu: str) -> str:
+    """File name of a GPU's plan."""
+    return "-".join([*gpu.lower().removeprefix("nvidia ").split(), "bf16.json"])
+
+
+def earlier_choices(path: Path, gpu: str) -> dict[ShapeKey, dict[int, Tile | None]]:
+    """What a plan that is there already says.
+
+    Raises:
+        SystemExit: it is another GPU's.
+    """
+    if not path.is_file():
+        return {}
+    plan = LinearPlan.from_json(path.read_text(encoding="utf-8"))
+    if plan.gpu != gpu:
+        raise SystemExit(f"{path} is the plan of {plan.gpu}, and this is {gpu}: name another file with --out")
+    return {key: dict(tiles) for key, tiles in plan.measured.items()}
 
 
 Timing: TypeAlias = tuple[float, Tile | None]

@@ -1,6 +1,7 @@
-"""Where the time of a decode step goes: GPU microseconds by kernel, from the profiler, at some batch sizes.
+"""Where the time of a step goes: GPU microseconds by kernel, from the profiler.
 
 python scripts/profile_step.py --model llama-3.1-8b --batch 1 64 256
+python scripts/profile_step.py --model llama-3.1-8b --batch --prefill 8192 --prompt-tokens 2048
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def main() -> None:
     """Profile decode steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="context of the rows")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 64, 256], help="rows of decode steps")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[], help="tokens of prefill steps")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="context of the rows, and of each prompt")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=32)
     arguments = parser.parse_args()
@@ -33,10 +35,11 @@ def main() -> None:
         model=workloads.shape_folder(arguments.model),
         load_format="dummy",
         dtype="bfloat16",
-        max_num_seqs=max(arguments.batch),
+        max_num_seqs=max(arguments.batch, default=64),
         max_model_len=4096,
-        decode_buckets=arguments.batch,
-        prefill_buckets=[512, 2048],
+        max_prefill_tokens=max(arguments.prefill, default=2048),
+        decode_buckets=arguments.batch or [1],
+        prefill_buckets=arguments.prefill or [512, 2048],
         steps_in_flight=2,
         enable_prefix_caching=False,
         num_cpu_blocks=0,
@@ -45,15 +48,22 @@ def main() -> None:
     with LLMEngine(config) as engine:
         for batch in arguments.batch:
             profile_batch(engine, batch, arguments)
+        for tokens in arguments.prefill:
+            profile_prefill(engine, tokens, arguments)
+
+
+def add_requests(engine: LLMEngine, count: int, prompt_tokens: int, params: SamplingParams) -> list[str]:
+    """Requests with random prompts. Returns their ids."""
+    draw = random.Random(count)
+    prompts = [[draw.randint(0, 10000) for _ in range(prompt_tokens)] for _ in range(count)]
+    return [engine.add_request(prompt, sampling_params=params) for prompt in prompts]
 
 
 def profile_batch(engine: LLMEngine, batch: int, arguments: argparse.Namespace) -> None:
     """Print the kernels of one decode step at ``batch`` rows."""
     steps = arguments.steps
     params = SamplingParams(temperature=arguments.temperature, max_tokens=4 * (steps + batch), ignore_eos=True)
-    draw = random.Random(batch)
-    prompts = [[draw.randint(0, 10000) for _ in range(arguments.prompt_tokens)] for _ in range(batch)]
-    request_ids = [engine.add_request(prompt, sampling_params=params) for prompt in prompts]
+    request_ids = add_requests(engine, batch, arguments.prompt_tokens, params)
     while engine.stats().num_running < batch:
         engine.step()
     engine.step()
@@ -64,14 +74,33 @@ def profile_batch(engine: LLMEngine, batch: int, arguments: argparse.Namespace) 
         torch.cuda.synchronize()
     for request_id in request_ids:
         engine.abort(request_id)
+    show(f"decode, {batch} rows", profiler, steps // 2)
+
+
+def profile_prefill(engine: LLMEngine, tokens: int, arguments: argparse.Namespace) -> None:
+    """Print the kernels of one prefill step of ``tokens`` tokens of whole prompts."""
+    steps = max(1, arguments.steps // 8)
+    params = SamplingParams(temperature=arguments.temperature, max_tokens=1, ignore_eos=True)
+    count = tokens // min(arguments.prompt_tokens, tokens)
+    for ran in (1, steps):  # the first one to warm up
+        add_requests(engine, ran * count, tokens // count, params)
+        before = engine.stats().prefill_steps
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            while engine.has_unfinished_requests:
+                engine.step()
+            torch.cuda.synchronize()
+    show(f"prefill, {tokens} tokens", profiler, engine.stats().prefill_steps - before)
+
+
+def show(title: str, profiler: profile, ran: int) -> None:
+    """Print the kernels of ``ran`` steps that take most time."""
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for event in profiler.events():
         times[event.name] += event.device_time_total
         counts[event.name] += 1
-    ran = steps // 2
     total = sum(times.values()) / ran
-    print(f"\nbatch {batch}: {total:.0f} us of kernels a step")
+    print(f"\n{title}: {total:.0f} us of kernels a step")
     for name, spent in sorted(times.items(), key=lambda item: -item[1])[:18]:
         print(f"{spent / ran:9.1f} us {counts[name] / ran:7.1f} x {spent / counts[name]:8.2f} us  {name[:90]}")
 

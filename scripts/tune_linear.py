@@ -1,7 +1,7 @@
 """Measure which kernel and tile each skinny matrix product of a decoder should use on this GPU, and write the plan.
 
-    python scripts/tune_linear.py --out kernels/plans/h200-bf16.json
-    python scripts/tune_linear.py --quick --models 8b --m 1 16
+    python scripts/tune_linear.py
+    python scripts/tune_linear.py --quick --models 8b --m 1 16 --out plan.json
 
 Every candidate runs as in a decode step: with the norm, the gate or the residual of its role, captured in a CUDA graph,
 its weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
@@ -9,8 +9,9 @@ cuBLAS and the kernels beside it before it is timed. The kernels are compiled fi
 Triton's cache. Two products of which one may leave the squares that the other norms with are chosen together.
 
 What is best by itself need not be in a step, where kernels overlap with their neighbours and the GPU may lower its
-clock to stay within its power. So each choice is the start of a search in whole steps of the model, with random
-weights: one product after another tries its fastest kernels there. The plan is written after each model, and an earlier
+clock to stay within its power. So each choice for decode is the start of a search in whole steps of the model, with
+random weights: one product after another tries its fastest kernels there. For the rows of prefill only the gate's
+product is measured, by itself. The plan is written after each model, and an earlier
 one keeps the entries that are not measured again.
 """
 
@@ -32,13 +33,25 @@ import torch
 import torch.nn.functional as F
 import triton
 from decode_trials import DecodeTrials
-from linear_candidates import SEARCH_ORDER, SHAPES, Problem, Timing, candidates, choose, search, variations
+from linear_candidates import (
+    SEARCH_ORDER,
+    SHAPES,
+    Problem,
+    Timing,
+    candidates,
+    choose,
+    earlier_choices,
+    is_worthwhile,
+    plan_name,
+    search,
+    variations,
+)
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mini_infer.kernels.activation import silu_and_mul
-from mini_infer.kernels.linear_plan import M_BUCKETS, PLANS, LinearPlan, Tile
+from mini_infer.kernels.linear_plan import DECODE_BUCKETS, M_BUCKETS, PLANS, LinearPlan, Tile
 from mini_infer.kernels.norm import rmsnorm
 from mini_infer.kernels.skinny_linear import launch_add_linear, launch_skinny_linear
 
@@ -254,23 +267,24 @@ def describe(problem: Problem, timings: list[Timing]) -> str:
 def main() -> None:
     """Compile, measure, print, write."""
     arguments = parse()
-    problems = [
+    products = [
         Problem(f"{model} {name}", n, k, role, m)
         for model in arguments.models
         for name, (n, k, role) in SHAPES[model].items()
         if not arguments.shapes or name in arguments.shapes
         for m in arguments.m
     ]
+    problems = [problem for problem in products if is_worthwhile(problem)]
     begun = time.perf_counter()
     jobs = [(problem, tile) for problem in problems for tile in candidates(problem, arguments.quick)]
     compile_all(jobs, architecture())
 
     gpu = torch.cuda.get_device_name()
+    out = arguments.out or PLANS / plan_name(gpu)
+    measured = earlier_choices(out, gpu)
     print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, cold weights\n")
     print(f"{'shape':<14}{'n':>7}{'k':>6}{'m':>4}  {'best':<32}{'us':>8}{'TB/s':>7}{'cuBLAS':>9}{'ratio':>7}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    kept = LinearPlan.from_json(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else None
-    measured = {key: dict(tiles) for key, tiles in kept.measured.items()} if kept and kept.gpu == gpu else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     weights = torch.empty(0)
     shape = (0, 0)
     stream = torch.cuda.Stream()
@@ -291,19 +305,20 @@ def main() -> None:
         chosen = choose(timings)
         if not arguments.alone:
             weights, shape = torch.empty(0), (0, 0)
-            chosen = search_model(MODELS[model], timings, chosen)
+            decode = {problem: times for problem, times in timings.items() if problem.m in DECODE_BUCKETS}
+            chosen |= search_model(MODELS[model], decode, chosen) if decode else {}
         print(f"\nchosen for {model}")
         for problem, tile in chosen.items():
             measured.setdefault((problem.n, problem.k, problem.role), {})[problem.m] = tile
             print(f"{problem.name:<14}{problem.m:>4}  {tile or 'cuBLAS'}")
-        arguments.out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
-    print(f"\n{arguments.out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
+        out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
+    print(f"\n{out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PLANS / "h200-bf16.json", help="where the plan goes")
+    parser.add_argument("--out", type=Path, help="where the plan goes (default: the shipped plans, by the GPU's name)")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
     parser.add_argument("--shapes", nargs="+", help="only these, such as qkv or gate_up")
     parser.add_argument("--m", nargs="+", type=int, choices=M_BUCKETS, default=list(M_BUCKETS), help="row counts")

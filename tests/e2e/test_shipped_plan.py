@@ -21,7 +21,7 @@ from mini_infer.sampling import SamplingParams
 from mini_infer.step import PrefillChunk
 from scripts.decode_trials import with_choice
 
-BLOCK_SIZE, MAX_BLOCKS, NUM_LAYERS = 16, 16, 3
+BLOCK_SIZE, MAX_BLOCKS, NUM_LAYERS = 16, M_BUCKETS[-1] // 16, 3
 
 
 @pytest.mark.gpu
@@ -36,7 +36,9 @@ def test_logits_are_those_of_the_library(name: str, tmp_path: Path) -> None:
     config = json.loads((Path(shape_folder(name)) / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": NUM_LAYERS}), encoding="utf-8")
     files = read_model_files(tmp_path)
-    planned = load_params(files, dtype=torch.bfloat16, device=device, max_positions=256, dummy_seed=0)
+    planned = load_params(
+        files, dtype=torch.bfloat16, device=device, max_positions=BLOCK_SIZE * MAX_BLOCKS, dummy_seed=0
+    )
     assert any(tile is not None for tile in planned.layers[0].gate_up.tiles)
     library = with_choice(planned, dict.fromkeys(("qkv", "o", "gate_up", "down", "head")))
     kv = KVCache(files.spec, MAX_BLOCKS, BLOCK_SIZE, torch.bfloat16, device)
@@ -48,7 +50,7 @@ def test_logits_are_those_of_the_library(name: str, tmp_path: Path) -> None:
         buffer.fill([PrefillChunk("a", 0, tuple(range(5, 5 + rows)), table, SamplingParams(), 0, is_last=True)])
         return prefill_logits(files.spec, params, kv, buffer.inputs).float()
 
-    counts = sorted({*M_BUCKETS, 3, 27, 50, 100, 161, 230})
+    counts = sorted({*M_BUCKETS, 3, 27, 50, 100, 161, 230, 300, 2500})
     with compile_ahead():
         for rows in counts:
             logits(planned, rows)

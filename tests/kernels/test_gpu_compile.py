@@ -96,6 +96,8 @@ tile = Tile("hopper", 128, 64, 8, 4, split_k=4, block_m=256)  # as many register
 skinny_linear.launch_add_linear(torch.randn(40, 64).bfloat16(), h, w, None, tile)
 tile = Tile("hopper", 256, 64, 8, 3, norms=True, block_m=128)
 skinny_linear.launch_skinny_linear(h, w, None, tile, gated=True, eps=1e-6, squares=torch.ones(4, 40))
+rows = torch.randn(2048, 256).bfloat16()  # more tiles than multiprocessors
+skinny_linear.launch_skinny_linear(rows, w, None, Tile("hopper", 256, 64, 8, 4, block_m=128), gated=True)
 blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfloat16()
 block_copy._launch_gather_blocks(blocks, slots, staged)
 block_copy._launch_scatter_blocks(staged, slots, blocks)
