@@ -46,12 +46,14 @@ if [ "$mode" = sanitize ]; then
             >"$log.txt" 2>&1
         echo "exit $?: $1 $2, $(tail -n 1 "$log.txt"), $(grep SUMMARY "$log")"
     }
-    for tool in memcheck racecheck; do
+    {
         for file in "${files[@]}"; do
-            check "$tool" "$file" "$@" &
+            for tool in memcheck racecheck; do
+                check "$tool" "$file" "$@" &
+            done
         done
         wait
-    done | tee "$logs/results"
+    } | tee "$logs/results"
     echo "what the tool and the tests said is in $logs"
     ! grep -qv "^exit 0" "$logs/results"
     exit
