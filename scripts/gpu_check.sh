@@ -8,7 +8,7 @@
 #   scripts/gpu_check.sh --kernels   tests, and every kernel against its floor and PyTorch in place of the benchmarks
 #   scripts/gpu_check.sh --sanitize  the tests of attention and matrix products alone, under compute-sanitizer's memcheck
 #                                    and racecheck (it must be on the PATH: pip install nvidia-cuda-sanitizer-api; that
-#                                    of CUDA 13.0 takes what warps tell each other at barriers for hazards)
+#                                    of CUDA 13.0 takes what warps tell each other at barriers for hazards, 13.5 does not)
 #
 # Other arguments go to pytest.
 set -uo pipefail
@@ -37,19 +37,22 @@ if [ "$mode" = sanitize ]; then
     # an allocation of its own, so that what reaches past one is seen; that rules out captured graphs.
     select=(-m gpu -k "not captured and not replay and not chain and not large and not opcheck and not torch.float32")
     files=(tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,skinny_linear,linear_hopper,penalties}.py)
-    python3 -m pytest -q "${workers[@]}" "${select[@]}" "${files[@]}" "$@" || exit 1 # this compiles them
+    python3 -m pytest "${workers[@]}" "${select[@]}" "${files[@]}" "$@" || exit 1 # this compiles them
+    mapfile -t tests < <(python3 -m pytest --collect-only "${select[@]}" "${files[@]}" "$@" | grep ::)
+    parts=$((($(nproc) + 1) / 2))
     logs=$(mktemp -d)
-    check() { # tool, file, other arguments
-        log=$logs/$1-$(basename "$2" .py)
+    check() { # tool, which part of the tests
+        local log=$logs/$1-$2 mine=() index
+        for ((index = $2; index < ${#tests[@]}; index += parts)); do mine+=("${tests[index]}"); done
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name 'regex=^_[a-z_]+_kernel$' \
-            --error-exitcode 9 --log-file "$log" python3 -m pytest -q -p no:xdist "${select[@]}" "$2" "${@:3}" \
-            >"$log.txt" 2>&1
-        echo "exit $?: $1 $2, $(tail -n 1 "$log.txt"), $(grep SUMMARY "$log")"
+            --error-exitcode 9 --log-file "$log" python3 -m pytest -p no:xdist -m gpu -rA "${mine[@]}" >"$log.txt" 2>&1
+        echo "exit $?: $1, $(grep -c ^PASSED "$log.txt") of ${#mine[@]} tests passed, $(grep SUMMARY "$log")"
     }
+    echo "${#tests[@]} tests under each tool, in $parts processes"
     {
-        for file in "${files[@]}"; do
+        for ((part = 0; part < parts; part++)); do
             for tool in memcheck racecheck; do
-                check "$tool" "$file" "$@" &
+                check "$tool" "$part" &
             done
         done
         wait
