@@ -172,6 +172,8 @@ def _finish(spec: ModelSpec, layer: LayerParams, hidden: Tensor, attended: Tenso
     """What follows a layer's attention. Returns the squares of the rows of ``hidden``, if they were left."""
     squares = add_linear(hidden, attended.flatten(1), layer.o)
     pieces = hidden.split(_MLP_ROWS)
+    if len(pieces) > 1:
+        squares = None  # those of all rows
     for rows in pieces:
         gated = norm_linear(rows, squares, spec.rms_norm_eps, layer.gate_up, gated=True)
         left = add_linear(rows, gated, layer.down)

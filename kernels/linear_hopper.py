@@ -1,4 +1,4 @@
-"""The matrix product with some hundred rows on Hopper GPUs, one warp loading, four or eight computing: `hopper` tiles.
+"""The matrix product on Hopper GPUs, one warp loading, four or eight computing: `hopper` tiles.
 
     product              = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias
@@ -15,9 +15,9 @@ The residual comes the same way, and results leave through shared memory, so tha
 
 Every program reads its rows of x as well as its weight, from the L2 cache: with many rows of x that is most of what a
 multiprocessor takes in. Larger tiles, for which eight warps have the registers, read less of it; so that there are as
-many programs as multiprocessors all the same, they share the columns. With thousands of rows there are many more tiles
-than multiprocessors: then a program stays on each, and its loading warp goes on to the next tile while the results of
-this one are written.
+many programs as multiprocessors all the same, they share the columns. With the gate and a thousand rows or more there
+are many more tiles than multiprocessors: then a program stays on each, and its loading warp goes on to the next tile
+while the results of this one are written.
 
 With the gate a tile of the weight's rows holds 8 rows of the gate, the same 8 of up, the next 8 of the gate and so on:
 the layout of the sums then has a gate and its up in the same thread.
@@ -255,7 +255,7 @@ def _hopper_linear_kernel(
     BLOCK_PARTS: gl.constexpr,
     ADD: gl.constexpr,  # to what out holds
     LEAVES: gl.constexpr,
-    PERSISTENT: gl.constexpr,  # programs take tiles in turn; of what is above, with GATED, HAS_BIAS and NORMS only
+    PERSISTENT: gl.constexpr,  # programs take tiles in turn; with SPLIT_K 1, and without ADD and LEAVES
     LOAD_REGISTERS: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
@@ -385,7 +385,7 @@ def launch_hopper(
     grid = (cdiv(m, tile.block_m), cdiv(width if whole else n, tile_width), tile.split_k)
     programs = multiprocessors(rows.device)
     alone = tile.num_warps == 8  # on its multiprocessor
-    persistent = alone and whole and out_squares is None and grid[0] * grid[1] >= _MANY * programs
+    persistent = gated and whole and alone and grid[0] * grid[1] >= _MANY * programs
     _hopper_linear_kernel[(programs,) if persistent else grid](
         TensorDescriptor(rows, [m, k], [rows.stride(0), 1], [tile.block_m, BOX_COLUMNS], layout),
         weight_tiles,

@@ -33,7 +33,7 @@ HOPPER_SUMS = 4096
 """Of a hopper tile, most sums of a warp: 128 registers of each thread."""
 
 LEAST_GATED_ROWS = 2048
-"""From which on the gate is taken in a hopper tile, where nothing was measured."""
+"""The bucket from which on the gate is taken in a hopper tile, where nothing was measured."""
 
 MAX_GEMV_ROWS = 4
 MAX_DOT_ROWS = 64

@@ -1,4 +1,4 @@
-"""The matrix product with few rows, bound by reading the weight once, with what lies before and after it in a layer.
+"""The matrix product with what lies before and after it in a layer; mostly with few rows, bound by reading the weight.
 
     skinny_linear(x)     = x @ weight.T + bias
     gated                = silu(g) * u,  [g, u] = x @ weight.T + bias,  silu(z) = z / (1 + exp(-z))

@@ -10,7 +10,7 @@
 #                                    and racecheck (it must be on the PATH: pip install nvidia-cuda-sanitizer-api; that
 #                                    of CUDA 13.0 takes what warps tell each other at barriers for hazards, 13.5 does not)
 #
-# Other arguments go to pytest.
+# Other arguments go to pytest; with --sanitize they choose among the tests.
 set -uo pipefail
 
 mode=all
@@ -39,7 +39,13 @@ if [ "$mode" = sanitize ]; then
     files=(tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,skinny_linear,linear_hopper,penalties}.py)
     python3 -m pytest "${workers[@]}" "${select[@]}" "${files[@]}" "$@" || exit 1 # this compiles them
     mapfile -t tests < <(python3 -m pytest --collect-only "${select[@]}" "${files[@]}" "$@" | grep ::)
+    if [ ${#tests[@]} -eq 0 ]; then
+        echo "gpu_check.sh: no tests to run under the sanitizer"
+        exit 1
+    fi
     parts=$((($(nproc) + 1) / 2))
+    parts=$((parts < 8 ? parts : 8)) # each process has a context of its own on the GPU
+    parts=$((parts < ${#tests[@]} ? parts : ${#tests[@]}))
     logs=$(mktemp -d)
     check() { # tool, which part of the tests
         local log=$logs/$1-$2 mine=() index

@@ -19,7 +19,7 @@ from mini_infer.bench.report import environment
 
 
 def main() -> None:
-    """Profile decode steps."""
+    """Profile decode and prefill steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 64, 256], help="rows of decode steps")
@@ -31,12 +31,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("profile_step: there is no GPU to profile on")
     print(environment())
+    most_rows = max(arguments.batch, default=64)
     config = EngineConfig(
         model=workloads.shape_folder(arguments.model),
         load_format="dummy",
         dtype="bfloat16",
-        max_num_seqs=max(arguments.batch, default=64),
-        max_model_len=4096,
+        max_num_seqs=most_rows,
+        max_model_len=max(4096, arguments.prompt_tokens + output_tokens(arguments.steps, most_rows)),
         max_prefill_tokens=max(arguments.prefill, default=2048),
         decode_buckets=arguments.batch or [1],
         prefill_buckets=arguments.prefill or [512, 2048],
@@ -52,6 +53,11 @@ def main() -> None:
             profile_prefill(engine, tokens, arguments)
 
 
+def output_tokens(steps: int, batch: int) -> int:
+    """As many as no row runs out of while ``batch`` rows are prefilled and some steps profiled."""
+    return 4 * (steps + batch)
+
+
 def add_requests(engine: LLMEngine, count: int, prompt_tokens: int, params: SamplingParams) -> list[str]:
     """Requests with random prompts. Returns their ids."""
     draw = random.Random(count)
@@ -62,7 +68,8 @@ def add_requests(engine: LLMEngine, count: int, prompt_tokens: int, params: Samp
 def profile_batch(engine: LLMEngine, batch: int, arguments: argparse.Namespace) -> None:
     """Print the kernels of one decode step at ``batch`` rows."""
     steps = arguments.steps
-    params = SamplingParams(temperature=arguments.temperature, max_tokens=4 * (steps + batch), ignore_eos=True)
+    most = output_tokens(steps, batch)
+    params = SamplingParams(temperature=arguments.temperature, max_tokens=most, ignore_eos=True)
     request_ids = add_requests(engine, batch, arguments.prompt_tokens, params)
     while engine.stats().num_running < batch:
         engine.step()
@@ -79,16 +86,20 @@ def profile_batch(engine: LLMEngine, batch: int, arguments: argparse.Namespace) 
 
 def profile_prefill(engine: LLMEngine, tokens: int, arguments: argparse.Namespace) -> None:
     """Print the kernels of one prefill step of ``tokens`` tokens of whole prompts."""
-    steps = max(1, arguments.steps // 8)
     params = SamplingParams(temperature=arguments.temperature, max_tokens=1, ignore_eos=True)
-    count = tokens // min(arguments.prompt_tokens, tokens)
-    for ran in (1, steps):  # the first one to warm up
-        add_requests(engine, ran * count, tokens // count, params)
-        before = engine.stats().prefill_steps
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            while engine.has_unfinished_requests:
-                engine.step()
-            torch.cuda.synchronize()
+    length = min(arguments.prompt_tokens, tokens)
+
+    def run_step() -> None:
+        add_requests(engine, tokens // length, length, params)
+        while engine.has_unfinished_requests:
+            engine.step()
+
+    run_step()
+    before = engine.stats().prefill_steps
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(max(1, arguments.steps // 8)):
+            run_step()
+        torch.cuda.synchronize()
     show(f"prefill, {tokens} tokens", profiler, engine.stats().prefill_steps - before)
 
 

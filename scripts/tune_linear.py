@@ -3,16 +3,16 @@
     python scripts/tune_linear.py
     python scripts/tune_linear.py --quick --models 8b --m 1 16 --out plan.json
 
-Every candidate runs as in a decode step: with the norm, the gate or the residual of its role, captured in a CUDA graph,
-its weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
+Every candidate runs as in a step: with the norm, the gate or the residual of its role, captured in a CUDA graph, its
+weights out of the cache (the calls rotate among copies that exceed the L2 cache several times). It must agree with
 cuBLAS and the kernels beside it before it is timed. The kernels are compiled first, in one process per core, into
 Triton's cache. Two products of which one may leave the squares that the other norms with are chosen together.
 
 What is best by itself need not be in a step, where kernels overlap with their neighbours and the GPU may lower its
 clock to stay within its power. So each choice for decode is the start of a search in whole steps of the model, with
 random weights: one product after another tries its fastest kernels there. For the rows of prefill only the gate's
-product is measured, by itself. The plan is written after each model, and an earlier
-one keeps the entries that are not measured again.
+product is measured, by itself. The plan is written after each model, and an earlier one keeps the entries that are not
+measured again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from mini_infer.kernels import linear_hopper
 from mini_infer.kernels.activation import silu_and_mul
 from mini_infer.kernels.linear_plan import DECODE_BUCKETS, M_BUCKETS, PLANS, LinearPlan, Tile
 from mini_infer.kernels.norm import rmsnorm
@@ -62,36 +64,49 @@ EPS = 1e-6
 TOLERANCE = 1e-2
 
 
-def compile_all(jobs: list[tuple[Problem, Tile]], arch: int) -> None:
+@dataclass(frozen=True)
+class Gpu:
+    """What the compiler and the plan need to know of the GPU."""
+
+    name: str
+    arch: int  # compute capability, such as 90
+    multiprocessors: int
+
+
+def find_gpu() -> Gpu:
+    """The GPU, as another process sees it: this one is to fork others, which may not have touched CUDA.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    code = "import torch; gpu = torch.cuda.get_device_properties(0)\n"
+    code += "print(gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, sep=';')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"there is no GPU to measure on: {done.stderr.strip().splitlines()[-1]}")
+    name, major, minor, multiprocessors = done.stdout.strip().split(";")
+    return Gpu(name, 10 * int(major) + int(minor), int(multiprocessors))
+
+
+def compile_all(jobs: list[tuple[Problem, Tile]], gpu: Gpu) -> None:
     """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
     unique: dict[tuple[object, ...], tuple[Problem, Tile]] = {}
     for problem, tile in jobs:
         if tile.is_library:
             continue
         m_pad = {"gemv": 1 << (problem.m - 1).bit_length(), "dot": max(16, problem.m)}.get(tile.kind, 0)
+        if problem.m not in DECODE_BUCKETS:
+            m_pad = problem.m  # a program may stay for several tiles
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
         unique.setdefault((tile, m_pad, problem.role, even), (problem, tile))
     begun = time.perf_counter()
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
-    with context.Pool(cores, initializer=compile_only, initargs=(arch,)) as pool:
+    with context.Pool(cores, initializer=compile_only, initargs=(gpu,)) as pool:
         failures = [text for text in pool.imap_unordered(compile_one, unique.values()) if text]
     print(f"compiled {len(unique)} kernels on {cores} cores in {time.perf_counter() - begun:.1f} s")
     for text in failures:
         print(f"  not compiled: {text}")
-
-
-def architecture() -> int:
-    """The GPU's compute capability, such as 90, without touching CUDA: processes are to be forked yet.
-
-    Raises:
-        SystemExit: there is no GPU.
-    """
-    if shutil.which("nvidia-smi") is None:
-        raise SystemExit("there is no GPU to measure on: nvidia-smi is not there")
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return int(answer.strip().replace(".", ""))
 
 
 class CompileDriver:
@@ -117,9 +132,10 @@ class CompileDriver:
         return torch.device("cpu")
 
 
-def compile_only(arch: int) -> None:
-    """Make launches of this process compile and nothing else."""
-    triton.runtime.driver.set_active(CompileDriver(arch))
+def compile_only(gpu: Gpu) -> None:
+    """Make launches of this process compile for a GPU and nothing else."""
+    triton.runtime.driver.set_active(CompileDriver(gpu.arch))
+    linear_hopper.multiprocessors = lambda device: gpu.multiprocessors
     run = JITFunction.run
 
     def compile_kernel(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
@@ -277,12 +293,12 @@ def main() -> None:
     problems = [problem for problem in products if is_worthwhile(problem)]
     begun = time.perf_counter()
     jobs = [(problem, tile) for problem in problems for tile in candidates(problem, arguments.quick)]
-    compile_all(jobs, architecture())
+    gpu = find_gpu()
+    out = arguments.out or PLANS / plan_name(gpu.name)
+    measured = earlier_choices(out, gpu.name)
+    compile_all(jobs, gpu)
 
-    gpu = torch.cuda.get_device_name()
-    out = arguments.out or PLANS / plan_name(gpu)
-    measured = earlier_choices(out, gpu)
-    print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, cold weights\n")
+    print(f"{gpu.name}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, cold weights\n")
     print(f"{'shape':<14}{'n':>7}{'k':>6}{'m':>4}  {'best':<32}{'us':>8}{'TB/s':>7}{'cuBLAS':>9}{'ratio':>7}")
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = torch.empty(0)
@@ -311,7 +327,7 @@ def main() -> None:
         for problem, tile in chosen.items():
             measured.setdefault((problem.n, problem.k, problem.role), {})[problem.m] = tile
             print(f"{problem.name:<14}{problem.m:>4}  {tile or 'cuBLAS'}")
-        out.write_text(LinearPlan(gpu, "bfloat16", measured).to_json(), encoding="utf-8")
+        out.write_text(LinearPlan(gpu.name, "bfloat16", measured).to_json(), encoding="utf-8")
     print(f"\n{out}: {len(problems)} products, {len(jobs)} tiles in {time.perf_counter() - begun:.0f} s")
 
 

@@ -24,11 +24,12 @@ class Driver:
     def get_active_torch_device(self): return torch.device("cpu")
 
 triton.runtime.driver.set_active(Driver())
-run, compiled = JITFunction.run, []
+run, compiled, persistent = JITFunction.run, [], []
 
 def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     compiled.append(kernel.metadata.name)
+    persistent.append(kwargs.get("PERSISTENT", False))
     assert kernel.metadata.shared <= 227 * 1024, (compiled[-1], kernel.metadata.shared)
     return kernel
 
@@ -96,8 +97,9 @@ tile = Tile("hopper", 128, 64, 8, 4, split_k=4, block_m=256)  # as many register
 skinny_linear.launch_add_linear(torch.randn(40, 64).bfloat16(), h, w, None, tile)
 tile = Tile("hopper", 256, 64, 8, 3, norms=True, block_m=128)
 skinny_linear.launch_skinny_linear(h, w, None, tile, gated=True, eps=1e-6, squares=torch.ones(4, 40))
-rows = torch.randn(2048, 256).bfloat16()  # more tiles than multiprocessors
+rows = torch.randn(2048, 256).bfloat16()  # many tiles for each multiprocessor
 skinny_linear.launch_skinny_linear(rows, w, None, Tile("hopper", 256, 64, 8, 4, block_m=128), gated=True)
+assert persistent[-1] and not any(persistent[:-1])
 blocks, staged = torch.randn(6, 9, 4096).bfloat16(), torch.randn(4, 6, 4096).bfloat16()
 block_copy._launch_gather_blocks(blocks, slots, staged)
 block_copy._launch_scatter_blocks(staged, slots, blocks)
