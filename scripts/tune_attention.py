@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
-import os
 import random
 import statistics
 import time
@@ -29,7 +27,7 @@ from typing import TypeAlias
 import torch
 import triton
 from torch import Tensor
-from tune_linear import architecture, compile_only, first_line, relative_error
+from tune_linear import compile_on_all_cores, find_gpu, first_line, relative_error
 
 from mini_infer.kernels.attention_decode import DecodeConfig, _launch_paged_attention, decode_config
 from mini_infer.kernels.attention_decode_cpu import paged_attention_reference
@@ -151,18 +149,6 @@ class Batch:
         return paged_attention_reference(*args, HEAD_DIM**-0.5)
 
 
-def compile_all(jobs: Sequence[tuple[Shape, Config]], arch: int) -> None:
-    """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
-    begun = time.perf_counter()
-    cores = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("fork")
-    with context.Pool(cores, initializer=compile_only, initargs=(arch,)) as pool:
-        failures = [text for text in pool.imap_unordered(compile_one, jobs) if text]
-    print(f"compiled {len(jobs)} cases on {cores} cores in {time.perf_counter() - begun:.1f} s")
-    for text in failures:
-        print(f"  not compiled: {text}")
-
-
 def compile_one(job: tuple[Shape, Config]) -> str:
     """Compile one candidate. Returns what went wrong, or nothing."""
     shape, config = job
@@ -265,7 +251,7 @@ def main() -> None:
         jobs += cases(decode, decode_candidates())
     if arguments.only != "decode":
         jobs += cases(prefill, prefill_candidates())
-    compile_all(jobs, architecture())
+    compile_on_all_cores(jobs, compile_one, find_gpu())
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16\n")
     torch.manual_seed(0)

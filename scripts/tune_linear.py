@@ -25,10 +25,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ EPS = 1e-6
 TOLERANCE = 1e-2
 
 
+Job = TypeVar("Job")
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the compiler and the plan need to know of the GPU."""
@@ -89,7 +93,7 @@ def find_gpu() -> Gpu:
 
 
 def compile_all(jobs: list[tuple[Problem, Tile]], gpu: Gpu) -> None:
-    """Compile every candidate into Triton's cache, before this process touches the GPU: the workers are forked."""
+    """Compile every kernel that the candidates need, once."""
     unique: dict[tuple[object, ...], tuple[Problem, Tile]] = {}
     for problem, tile in jobs:
         if tile.is_library:
@@ -99,12 +103,23 @@ def compile_all(jobs: list[tuple[Problem, Tile]], gpu: Gpu) -> None:
             m_pad = problem.m  # a program may stay for several tiles
         even = (tile.block_k >= problem.k, problem.k % tile.block_k == 0)
         unique.setdefault((tile, m_pad, problem.role, even), (problem, tile))
+    compile_on_all_cores(list(unique.values()), compile_one, gpu)
+
+
+def compile_on_all_cores(jobs: Sequence[Job], compile_job: Callable[[Job], str], gpu: Gpu) -> None:
+    """Compile candidates into Triton's cache, and print those that fail.
+
+    Args:
+        jobs: The candidates.
+        compile_job: Launches one, in a process that compiles only. Returns what went wrong, or nothing.
+        gpu: What to compile for. This process has not touched CUDA yet: it is forked.
+    """
     begun = time.perf_counter()
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     with context.Pool(cores, initializer=compile_only, initargs=(gpu,)) as pool:
-        failures = [text for text in pool.imap_unordered(compile_one, unique.values()) if text]
-    print(f"compiled {len(unique)} kernels on {cores} cores in {time.perf_counter() - begun:.1f} s")
+        failures = [text for text in pool.imap_unordered(compile_job, jobs) if text]
+    print(f"compiled {len(jobs)} candidates on {cores} cores in {time.perf_counter() - begun:.1f} s")
     for text in failures:
         print(f"  not compiled: {text}")
 
