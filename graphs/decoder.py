@@ -85,7 +85,8 @@ def prefill_step(spec: ModelSpec, params: Params, kv: KVCache, inputs: PrefillIn
     query = _project(spec, params, kv, -1, hidden, squares, inputs.positions, inputs.slot_mapping)
     # With the last layer's K and V stored, the rest of it is for the tokens that one is sampled after, no others; each
     # of them attends to its whole context, as in a decode step.
-    hidden, query = hidden[inputs.last_tokens], query[inputs.last_tokens]
+    last = inputs.last_tokens
+    hidden, query = hidden.index_select(0, last), query.index_select(0, last)
     window = spec.sliding_windows[-1]
     attended = paged_attention(query, *kv.layers[-1], inputs.block_tables, inputs.context_lens, sliding_window=window)
     _finish(spec, params.layers[-1], hidden, attended)
