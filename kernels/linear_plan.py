@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-PREFILL_BUCKETS = (512, 1024, 2048, 4096)
-M_BUCKETS = DECODE_BUCKETS + PREFILL_BUCKETS
+"""Row counts at which every product is measured, in whole decode steps."""
+
+M_BUCKETS = (*DECODE_BUCKETS, 512, 1024, 2048, 4096)
 """Row counts that a choice is made for; others use the next larger one, and more than the last is for cuBLAS.
 
 Where there are many rows cuBLAS multiplies faster, but a product with the gate need not write the gate and up.

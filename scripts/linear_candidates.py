@@ -1,4 +1,5 @@
-"""What `tune_linear.py` measures for each matrix product, and how it chooses by what was measured. No GPU is needed."""
+"""What `tune_linear.py` measures for each matrix product, how it chooses by that, and which plan it adds to. No GPU is
+needed."""
 
 from __future__ import annotations
 

@@ -338,6 +338,14 @@ def test_as_a_command(options: list[str]) -> None:
     command = f"{sys.executable} -m mini_infer generate hello --raw --max-tokens 60 {' '.join(options)} | head -c 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mini_infer", "generate", "hello", "--raw", *options]
+    closed = subprocess.run(
+        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (141, "")
     done = run("generate", "x", "--model", "nobody/no-such-model", "--device", "cpu")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

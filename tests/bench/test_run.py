@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mini_infer import LLMEngine
+from mini_infer import LLMEngine, SamplingParams
 from mini_infer.bench import run
-from mini_infer.bench.run import bench_latency, bench_throughput
+from mini_infer.bench.arrivals import bench_arrivals
+from mini_infer.bench.run import bench_latency, bench_throughput, timed
 from mini_infer.bench.workloads import Work
+from mini_infer.exceptions import ConfigError, MiniInferError
 from tests.bench.conftest import small_work
 
 
@@ -29,6 +31,33 @@ def test_latency(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (row.decode_ms, row.ttft_ms) == (pytest.approx(1.1 / 11 * 1e3), pytest.approx(100.0))
         assert row.median_ms == pytest.approx((1.475 - 0.15) / 11 * 1e3)
         assert row.gpu_idle is not None and 0 < row.gpu_idle < 1
+
+
+def test_workloads_that_are_too_long(engine: LLMEngine) -> None:
+    """Refused with the length and the bound before anything runs; what just fits is run."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    assert engine.max_model_len == 128
+    assert timed(engine, Work(0, [[5] * 120], [params])) > 0
+    finished = engine.stats().num_finished
+    work = Work(0, [[5], [5] * 121], [params] * 2, [0.0, 0.0])
+    for run_it in (timed, bench_arrivals):
+        with pytest.raises(ConfigError, match=r"up to 129 tokens; max_model_len must be at least that, got 128"):
+            run_it(engine, work)
+    assert engine.stats().num_finished == finished
+
+
+def test_a_request_that_fails_is_no_figure(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workload that was not generated to its end has no time."""
+    generate = engine.generate
+
+    def cut_short(prompts: list[list[int]], *, sampling_params: list[SamplingParams]) -> object:
+        outputs = generate(prompts, sampling_params=sampling_params)
+        outputs[1].token_ids.pop()
+        return outputs
+
+    monkeypatch.setattr(engine, "generate", cut_short)
+    with pytest.raises(MiniInferError, match="came to no end"):
+        timed(engine, small_work(num_requests=3))
 
 
 def test_throughput(engine: LLMEngine) -> None:
