@@ -1,11 +1,13 @@
 """What a decode step does before its first layer and after its sampler, one kernel each.
 
     embed_rows:    position = max(seq_len - 1, 0);  slot = block_table[position // block_size] * block_size
-                   + position % block_size;  hidden = embedding[token_id];  the token is counted (`penalties`)
+                   + position % block_size;  hidden = embedding[token_id], or 0 with seq_len 0;  the token is counted
+                   (`penalties`)
     advance_rows:  token_id = sampled * active;  seq_len += active;  sampled and its log probability side by side
 
 A row is a sequence's place in the decode batch. A padded row (active 0) is token 0 at length 0 with a table of null
-blocks, and stays so.
+blocks, and stays so. It begins with zeros in place of an embedding, and comes to zeros in every product that has no
+bias: tensor cores draw less power multiplying those, and a GPU at its power limit clocks higher for the other rows.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -38,7 +40,7 @@ def embed_rows_reference(
     positions = (seq_lens.long() - 1).clamp_(min=0)  # [rows]
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     slots = blocks * block_size + positions % block_size
-    return F.embedding(token_ids, embedding), positions, slots
+    return F.embedding(token_ids, embedding).masked_fill((seq_lens == 0)[:, None], 0), positions, slots
 
 
 def advance_rows_reference(
@@ -74,10 +76,12 @@ def _embed_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ptr + row)
-    values = tl.load(embedding_ptr + token * embedding_stride + cols, mask=cols < HIDDEN)
+    seq_len = tl.load(seq_len_ptr + row)
+    present = (cols < HIDDEN) & (seq_len > 0)
+    values = tl.load(embedding_ptr + token * embedding_stride + cols, mask=present, other=0.0)
     tl.store(hidden_ptr + row * HIDDEN + cols, values, mask=cols < HIDDEN)
     if tl.program_id(1) == 0:
-        position = tl.maximum(tl.load(seq_len_ptr + row).to(tl.int64) - 1, 0)
+        position = tl.maximum(seq_len.to(tl.int64) - 1, 0)
         block = tl.load(table_ptr + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
         tl.store(position_ptr + row, position)
         tl.store(slot_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -210,7 +214,7 @@ def embed_rows(
 
     Args:
         token_ids: [rows] int64, the token at hand of each row, within the embedding.
-        seq_lens: [rows] int32, tokens including the one at hand; 0 for a padded row.
+        seq_lens: [rows] int32, tokens including the one at hand; 0 for a padded row, whose hidden state is zeros.
         block_tables: [rows, max_blocks] int32, wide enough for the lengths.
         embedding: [vocab_size, hidden_size].
         block_size: Tokens per KV cache block.
