@@ -69,25 +69,30 @@ class RequestIntake:
         return (self._seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xBF58476D1CE4E5B9) & MAX_SEED
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            encoded = tuple(require_tokenizer(self._tokenizer).encode(prompt))
-            self._check_vocabulary(encoded)  # a tokenizer may know more tokens than the model
-            return encoded
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-        for token_id in prompt:
-            if type(token_id) is not int and (isinstance(token_id, bool) or not isinstance(token_id, Integral)):
-                raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")
-        token_ids = tuple(map(int, prompt))  # NumPy's are integers, too
-        self._check_vocabulary(token_ids)
+        if isinstance(prompt, str):
+            token_ids = tuple(require_tokenizer(self._tokenizer).encode(prompt))
+        else:
+            token_ids = _integers(prompt)
+        self._check_vocabulary(token_ids)  # a tokenizer may know more tokens than the model
         return token_ids
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"token ids must be between 0 and {self._vocab_size - 1} (the vocabulary), got {token_id}"
-                )
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
+            outside = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size)
+            raise InvalidRequestError(
+                f"token ids must be between 0 and {self._vocab_size - 1} (the vocabulary), got {outside}"
+            )
+
+
+def _integers(prompt: Sequence[int]) -> tuple[int, ...]:
+    if {type(token_id) for token_id in prompt} <= {int}:
+        return tuple(prompt)
+    for token_id in prompt:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise InvalidRequestError(f"a prompt's token ids must be integers, got {token_id!r}")
+    return tuple(map(int, prompt))  # NumPy's are integers, too
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
