@@ -11,6 +11,7 @@ the tolerance. Kernels compile into Triton's own cache.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -72,10 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
             store.path(key).unlink(missing_ok=True)
         with LLMEngine(config) as engine:
             stats = engine.stats()
+        plan = machine_plans().load(key)
     print_table(stats)
     print(f"\n{stats.startup.describe()}\n\n{stats.memory.describe()}")
     if arguments.plot:
-        plot(stats, arguments.plot)
+        plot(stats.decode_costs, stats.decode_costs if plan is None else plan.decode_ms, arguments.plot)
         print(f"\nplot: {arguments.plot}")
     if arguments.check:
         measured = step_costs(stats)
@@ -118,8 +120,13 @@ def print_table(stats: EngineStats) -> None:
     print("a default bucket that is not listed saved too little over the next larger one")
 
 
-def plot(stats: EngineStats, path: Path) -> None:
-    """Step time against batch size, with what rounding up to the next bucket costs shaded.
+def plot(buckets: dict[int, float], measured: dict[int, float], path: Path) -> None:
+    """Decode step time against batch size, with what rounding up to the next bucket costs shaded.
+
+    Args:
+        buckets: Milliseconds of a step by bucket.
+        measured: Likewise, of sizes that have no bucket as well.
+        path: Where the picture goes.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -131,14 +138,13 @@ def plot(stats: EngineStats, path: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise ConfigError("the plot needs matplotlib: pip install matplotlib, or leave out --plot") from error
-    sizes = sorted(stats.decode_costs)
-    exact = [stats.decode_costs[size] for size in sizes]
     figure, axes = pyplot.subplots(figsize=(9, 5))
-    rows = range(1, sizes[-1] + 1)
-    rounded = [min(stats.decode_costs[size] for size in sizes if size >= row) for row in rows]
-    ideal = [interpolate(sizes, exact, row) for row in rows]
+    rows = range(1, max(buckets) + 1)
+    rounded = [min(cost for size, cost in buckets.items() if size >= row) for row in rows]
+    ideal = [interpolate(measured, row) for row in rows]
     axes.plot(rows, rounded, drawstyle="steps-pre", label="the step that runs (next bucket)")
-    axes.plot(sizes, exact, "o", markersize=3, label="buckets")
+    axes.plot(*zip(*sorted(measured.items()), strict=True), "o", markersize=3, fillstyle="none", label="measured")
+    axes.plot(*zip(*sorted(buckets.items()), strict=True), "o", markersize=3, label="buckets")
     # Where a larger bucket is cheaper than the exact one, the scheduler takes it, and rounding up loses nothing.
     lost = [max(ran, exact_cost) for ran, exact_cost in zip(rounded, ideal, strict=True)]
     axes.fill_between(rows, ideal, lost, step="pre", alpha=0.3, label="lost to rounding up")
@@ -149,14 +155,12 @@ def plot(stats: EngineStats, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def interpolate(sizes: list[int], costs: list[float], row: int) -> float:
-    """Cost of ``row`` rows if every size had a bucket: linear between the buckets."""
-    for (low, low_cost), (high, high_cost) in zip(
-        zip(sizes, costs, strict=True), zip(sizes[1:], costs[1:], strict=True), strict=False
-    ):
+def interpolate(costs: dict[int, float], row: int) -> float:
+    """Cost of ``row`` rows if every size had a bucket: linear between those that were measured."""
+    for (low, low_cost), (high, high_cost) in itertools.pairwise(sorted(costs.items())):
         if low <= row <= high:
             return low_cost + (high_cost - low_cost) * (row - low) / (high - low)
-    return costs[0]
+    return costs[min(costs)]
 
 
 def parse() -> argparse.Namespace:
