@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from kernel_cases import OPS, Case, randn, read_all, size
+from kernel_cases import OPS, Case, randn, size
+from read_kernel import read_all
 
 from mini_infer.bench.report import environment
 from mini_infer.exceptions import ConfigError

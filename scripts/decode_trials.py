@@ -6,6 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class DecodeTrials:
     def _model(self, choice: Choice) -> Model:
         return Model(self._spec, with_choice(self._params, choice), self._kv, self._state)
 
-    def _capture(self, rows: int, choice: Choice, pool: tuple[int, int]) -> Callable[[], None]:
+    def _capture(self, rows: int, choice: Choice, pool: Any) -> Callable[[], None]:
         model = self._model(choice)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -128,7 +129,13 @@ def with_choice(params: Params, choice: Choice) -> Params:
         return replace(weight, tiles=(choice[name],) * len(M_BUCKETS))
 
     layers = tuple(
-        replace(layer, **{name: chosen(getattr(layer, name), name) for name in ("qkv", "o", "gate_up", "down")})
+        replace(
+            layer,
+            qkv=chosen(layer.qkv, "qkv"),
+            o=chosen(layer.o, "o"),
+            gate_up=chosen(layer.gate_up, "gate_up"),
+            down=chosen(layer.down, "down"),
+        )
         for layer in params.layers
     )
     return replace(params, layers=layers, head=chosen(params.head, "head"))

@@ -150,7 +150,7 @@ class CompileDriver:
 def compile_only(gpu: Gpu) -> None:
     """Make launches of this process compile for a GPU and nothing else."""
     triton.runtime.driver.set_active(CompileDriver(gpu.arch))
-    linear_hopper.multiprocessors = lambda device: gpu.multiprocessors
+    vars(linear_hopper)["multiprocessors"] = lambda device: gpu.multiprocessors
     run = JITFunction.run
 
     def compile_kernel(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:

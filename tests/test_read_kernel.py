@@ -2,7 +2,7 @@
 
 import torch
 
-from scripts.kernel_cases import read_all
+from scripts.read_kernel import read_all
 
 
 def test_every_value_is_read() -> None:
