@@ -22,20 +22,28 @@ from mini_infer.step import StepKind
 def environment() -> dict[str, str]:
     """Hardware and versions, for the output of every benchmark."""
     cuda = torch.cuda.is_available()
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-    except OSError:
-        commit = ""
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
         "mini_infer": mini_infer.__version__,
-        "commit": commit or "unknown",
+        "commit": commit_of(Path(__file__)),
     }
+
+
+def commit_of(file: Path) -> str:
+    """The commit of the checkout that a file belongs to, marked "dirty" if anything has changed; else "unknown"."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=file.parent, check=False)
+
+    try:
+        if git("ls-files", "--error-unmatch", file.name).returncode:
+            return "unknown"  # none, or another project's, with the package installed inside
+        return git("describe", "--always", "--dirty", "--exclude=*").stdout.strip() or "unknown"
+    except OSError:  # no git
+        return "unknown"
 
 
 def _version(package: str) -> str:

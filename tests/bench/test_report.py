@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from mini_infer import LLMEngine, SamplingParams
-from mini_infer.bench.report import BucketRow, StepUsage, bucket_table, environment, last_line, percent
+from mini_infer.bench.report import (
+    BucketRow,
+    StepUsage,
+    bucket_table,
+    commit_of,
+    environment,
+    last_line,
+    percent,
+)
 from mini_infer.bench.run import timed
 from mini_infer.buckets import BucketUse
 from mini_infer.metrics import StepTime
@@ -118,6 +128,27 @@ def test_last_line(results: Figures | list[Figures]) -> None:
 def test_environment() -> None:
     named = environment()
     assert set(named) == {"device", "torch", "triton", "python", "mini_infer", "commit"} and all(named.values())
+
+
+def test_commit(tmp_path: Path) -> None:
+    """Of the checkout that has the file; a change since shows; a file that is not in it has none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    file = tmp_path / "file.py"
+    file.write_text("1")
+    assert commit_of(file) == "unknown"
+    git("init", "-q")
+    assert commit_of(file) == "unknown"
+    git("add", "file.py")
+    git("commit", "-q", "-m", "first")
+    git("tag", "-m", "a release", "v1")
+    head = git("rev-parse", "--short", "HEAD")
+    assert commit_of(file) == head
+    file.write_text("2")
+    assert commit_of(file) == f"{head}-dirty"
 
 
 def test_step_times_are_records_of_what_was_scheduled(engine: LLMEngine) -> None:
