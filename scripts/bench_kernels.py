@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from kernel_cases import OPS, Case, randn, size
 from read_kernel import read_all
 
+from mini_infer.bench.plotting import load_pyplot
 from mini_infer.bench.report import environment
 from mini_infer.exceptions import ConfigError
 
@@ -156,19 +158,8 @@ def show(row: Row) -> None:
     )
 
 
-def plot(rows: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
-    """The roofline: TFLOP/s against operations per byte, for the ops that use the tensor cores.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib, or leave out --plot") from error
+def plot(pyplot: Any, rows: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
+    """The roofline: TFLOP/s against operations per byte, for the ops that use the tensor cores."""
     figure, axes = pyplot.subplots(figsize=(9, 6))
     memory = max(ceilings.read, ceilings.copy)
     intensities = [2.0**power for power in range(-1, 13)]
@@ -189,6 +180,11 @@ def main() -> int:
     arguments = parse()
     if not torch.cuda.is_available():
         print("bench_kernels: there is no GPU to measure on", file=sys.stderr)
+        return 1
+    try:
+        pyplot = load_pyplot(arguments.plot) if arguments.plot else None
+    except ConfigError as error:
+        print(f"bench_kernels: {error}", file=sys.stderr)
         return 1
     torch.manual_seed(0)
     ceilings = measure_ceilings()
@@ -212,7 +208,7 @@ def main() -> int:
             rows.append(measure(case, ceilings, compiled=arguments.compile))
             show(rows[-1])
     if arguments.plot:
-        plot(rows, ceilings, arguments.plot)
+        plot(pyplot, rows, ceilings, arguments.plot)
     print(json.dumps({"benchmark": "kernels", **environment(), "red": red, "results": [asdict(row) for row in rows]}))
     return 1 if red else 0
 

@@ -17,10 +17,12 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from mini_infer import EngineConfig, LLMEngine
+from mini_infer.bench.plotting import load_pyplot
 from mini_infer.bench.workloads import shape_folder
 from mini_infer.config import DTYPES, LOAD_FORMATS
 from mini_infer.exceptions import ConfigError, MiniInferError
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say."""
     if not torch.cuda.is_available():
         raise ConfigError("there is no GPU: steps are captured as CUDA graphs, which a CPU does not have")
+    pyplot = load_pyplot(arguments.plot) if arguments.plot else None
     config = EngineConfig(
         model=shape_folder(arguments.model),
         dtype=arguments.dtype,
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(stats)
     print(f"\n{stats.startup.describe()}\n\n{stats.memory.describe()}")
     if arguments.plot:
-        plot(stats.decode_costs, stats.decode_costs if plan is None else plan.decode_ms, arguments.plot)
+        plot(pyplot, stats.decode_costs, stats.decode_costs if plan is None else plan.decode_ms, arguments.plot)
         print(f"\nplot: {arguments.plot}")
     if arguments.check:
         measured = step_costs(stats)
@@ -120,24 +123,15 @@ def print_table(stats: EngineStats) -> None:
     print("a default bucket that is not listed saved too little over the next larger one")
 
 
-def plot(buckets: dict[int, float], measured: dict[int, float], path: Path) -> None:
+def plot(pyplot: Any, buckets: dict[int, float], measured: dict[int, float], path: Path) -> None:
     """Decode step time against batch size, with what rounding up to the next bucket costs shaded.
 
     Args:
+        pyplot: What `load_pyplot` gave.
         buckets: Milliseconds of a step by bucket.
         measured: Likewise, of sizes that have no bucket as well.
         path: Where the picture goes.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib, or leave out --plot") from error
     figure, axes = pyplot.subplots(figsize=(9, 5))
     rows = range(1, max(buckets) + 1)
     rounded = [min(cost for size, cost in buckets.items() if size >= row) for row in rows]
