@@ -206,6 +206,16 @@ def test_only_its_own_slots(weights: Weights, step: Step, slots: set[tuple[int, 
 
 
 @torch.inference_mode()
+def test_padded_rows_are_zeros(weights: Weights) -> None:
+    """In every layer, where no product has a bias: what they leave in the null block says so."""
+    kv = noisy_cache(weights.spec)
+    decode_step(weights.spec, weights.params, kv, decode_rows(MAX_ROWS))
+    biased = any(layer.qkv.bias is not None for layer in weights.params.layers)
+    for keys, values in kv.layers:
+        assert bool(keys[0, :, 0].any() or values[0, :, 0].any()) == biased
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("bucket", [NUM_SEQS + 1, MAX_ROWS])
 def test_padded_rows_change_nothing(weights: Weights, bucket: int) -> None:
     """Padding writes to the null block only, and no real row's token or K/V depends on it."""
