@@ -29,8 +29,8 @@ class MachinePlan:
         graph_bytes: What all captured graphs take, kernels that are loaded for them included.
         decode_sizes: Decode buckets.
         prefill_sizes: Prefill buckets.
-        decode_ms: Milliseconds of a decode step over rows without context, by what sizes were measured. Those that did
-            not earn their place are among them: they say what padding costs.
+        decode_ms: Milliseconds of a decode step over rows without context, by every size that was measured. Those that
+            are no buckets, since they did not earn their place, say what padding costs.
         prefill_ms: Milliseconds of a prefill step, likewise.
         swap_ms_per_block: Milliseconds to move one block one way; None without swap space.
         context_ms_per_token: Milliseconds that each token of the rows' contexts adds to a decode step.

@@ -11,7 +11,6 @@ the tolerance. Kernels compile into Triton's own cache.
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ import torch
 from mini_infer import EngineConfig, LLMEngine
 from mini_infer.bench.plotting import load_pyplot
 from mini_infer.bench.workloads import shape_folder
+from mini_infer.buckets import BucketTable
 from mini_infer.config import DTYPES, LOAD_FORMATS
 from mini_infer.exceptions import ConfigError, MiniInferError
 from mini_infer.machine_plan import MachinePlan
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             store.path(key).unlink(missing_ok=True)
         with LLMEngine(config) as engine:
             stats = engine.stats()
-        plan = machine_plans().load(key)
+        plan = machine_plans().load(key)  # of this start; None if it could not be kept
     print_table(stats)
     print(f"\n{stats.startup.describe()}\n\n{stats.memory.describe()}")
     if arguments.plot:
@@ -99,7 +99,7 @@ def compare(kept: MachinePlan, measured: dict[StepKind, dict[int, float]], toler
     """Print how the kept costs compare with new ones. Returns the exit status."""
     worst = 0.0
     for kind, costs in ((StepKind.DECODE, kept.decode_ms), (StepKind.PREFILL, kept.prefill_ms)):
-        # A bucket that only one of the two keeps was at the edge of being worth its graph.
+        # What a size without a bucket costs now is not known.
         for bucket, cost in ((bucket, cost) for bucket, cost in costs.items() if bucket in measured[kind]):
             off = measured[kind][bucket] / cost - 1
             worst = max(worst, abs(off))
@@ -129,13 +129,14 @@ def plot(pyplot: Any, buckets: dict[int, float], measured: dict[int, float], pat
     Args:
         pyplot: What `load_pyplot` gave.
         buckets: Milliseconds of a step by bucket.
-        measured: Likewise, of sizes that have no bucket as well.
+        measured: The same of every size that was measured, those that have no bucket included.
         path: Where the picture goes.
     """
     figure, axes = pyplot.subplots(figsize=(9, 5))
-    rows = range(1, max(buckets) + 1)
-    rounded = [min(cost for size, cost in buckets.items() if size >= row) for row in rows]
-    ideal = [interpolate(measured, row) for row in rows]
+    table = BucketTable(buckets, max(buckets), measured)
+    rows = range(1, table.largest + 1)
+    rounded = [table.cost(row) for row in rows]
+    ideal = [table.exact_cost(row) for row in rows]
     axes.plot(rows, rounded, drawstyle="steps-pre", label="the step that runs (next bucket)")
     axes.plot(*zip(*sorted(measured.items()), strict=True), "o", markersize=3, fillstyle="none", label="measured")
     axes.plot(*zip(*sorted(buckets.items()), strict=True), "o", markersize=3, label="buckets")
@@ -147,14 +148,6 @@ def plot(pyplot: Any, buckets: dict[int, float], measured: dict[int, float], pat
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def interpolate(costs: dict[int, float], row: int) -> float:
-    """Cost of ``row`` rows if every size had a bucket: linear between those that were measured."""
-    for (low, low_cost), (high, high_cost) in itertools.pairwise(sorted(costs.items())):
-        if low <= row <= high:
-            return low_cost + (high_cost - low_cost) * (row - low) / (high - low)
-    return costs[min(costs)]
 
 
 def parse() -> argparse.Namespace:

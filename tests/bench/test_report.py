@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from mini_infer import LLMEngine, SamplingParams
-from mini_infer.bench.report import (
-    BucketRow,
-    StepUsage,
-    bucket_table,
-    commit_of,
-    environment,
-    last_line,
-    percent,
-)
+from mini_infer.bench.report import BucketRow, StepUsage, bucket_table, commit_of, environment, last_line, percent
 from mini_infer.bench.run import timed
 from mini_infer.buckets import BucketUse
 from mini_infer.metrics import StepTime
