@@ -82,24 +82,23 @@ def _fetch_queries(item, query_ptr, stride_token, stride_head, rows, dims, GROUP
 
 
 @gluon.jit
-def _softmax(
-    scores,  # [ROWS, BLOCK_N]
-    highest,  # [ROWS]
-    total,  # [ROWS]
-    tile,
-    position,  # [ROWS]
-    scale_log2,
-    MASKED: gl.constexpr,
-    SLIDING_WINDOW: gl.constexpr,
-):
-    """One step of the online softmax: (weights, highest, total, what the sums so far are to be multiplied with)."""
-    if MASKED:
-        BLOCK_N: gl.constexpr = scores.shape[1]
-        target = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores.type.layout))
-        visible = target[None, :] <= position[:, None]
-        if SLIDING_WINDOW > 0:
-            visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
-        scores = gl.where(visible, scores, float("-inf"))
+def _masked(scores, tile, position, SLIDING_WINDOW: gl.constexpr):
+    """A tile's scores [ROWS, BLOCK_N]: -inf for tokens that the one at `position` [ROWS] does not see."""
+    BLOCK_N: gl.constexpr = scores.shape[1]
+    target = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores.type.layout))
+    visible = target[None, :] <= position[:, None]
+    if SLIDING_WINDOW > 0:
+        visible = visible & (target[None, :] > position[:, None] - SLIDING_WINDOW)
+    return gl.where(visible, scores, float("-inf"))
+
+
+@gluon.jit
+def _softmax(scores, highest, total, scale_log2):
+    """One step of the online softmax, of scores [ROWS, BLOCK_N], with highest and total [ROWS] of the tiles before.
+
+    Returns:
+        (weights [ROWS, BLOCK_N], highest, total, what the sums so far are to be multiplied with [ROWS])
+    """
     new_highest = gl.maximum(highest, gl.max(scores, axis=1) * scale_log2)
     # A row may see nothing of this tile and of those before it: subtract 0, not -inf.
     shift = gl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -129,7 +128,11 @@ def _compute_partition(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A computing group: attention of the rows PART * ROWS and following of every tile of queries."""
+    """A computing group: attention of the rows PART * ROWS and following of every tile of queries.
+
+    Tiles of keys are visited from the last one back: as a rule it is the only one to be masked, and the first product
+    and softmax, with which nothing goes on at the same time, are the same code for every item.
+    """
     ROWS: gl.constexpr = query_smem.shape[1]
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     lanes: gl.constexpr = HEAD_DIM // 8
@@ -152,7 +155,7 @@ def _compute_partition(
     )
     while item.number < items:
         query = query_smem.index(turn % 2 * 2 + PART)
-        start, diagonal, stop, _end = tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        start, whole, diagonal, stop, _end = tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
         position = item.length - item.q_len + item.first + local  # [ROWS]
         highest = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
         total = gl.zeros([ROWS], gl.float32, score_rows)
@@ -171,33 +174,31 @@ def _compute_partition(
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(ring.key_free.index(step % STAGES))
-        weights, highest, total, rescale = _softmax(
-            scores, highest, total, start, position, scale_log2, True, SLIDING_WINDOW
-        )
+        scores = _masked(scores, stop - 1, position, SLIDING_WINDOW)
+        weights, highest, total, rescale = _softmax(scores, highest, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), weight_layout)
-        for masked in gl.static_range(0 if SLIDING_WINDOW == 0 else 1, 2):
-            begin = start + 1 if masked == 0 else gl.maximum(diagonal, start + 1)
-            for tile in range(begin, diagonal if masked == 0 else stop):
-                value_stage = step % STAGES
-                value_phase = step // STAGES & 1
-                step += 1
-                mbarrier.wait(ring.key_ready.index(step % STAGES), step // STAGES & 1)
-                key = ring.key_tiles.index(step % STAGES).permute((1, 0))
-                scores = warpgroup_mma(query, key, scores, use_acc=False, is_async=True)
-                out = out * gl.convert_layout(rescale, out_rows)[:, None]
-                mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
-                out = warpgroup_mma(weights, ring.value_tiles.index(value_stage), out, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(ring.key_free.index(step % STAGES))
-                new_weights, highest, total, rescale = _softmax(
-                    scores, highest, total, tile, position, scale_log2, masked == 1, SLIDING_WINDOW
-                )
-                new_weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
-                # Complete since long, but a branch: without one the assembler puts the softmax behind the next wait.
-                mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
-                out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
-                mbarrier.arrive(ring.value_free.index(value_stage))
-                weights = new_weights
+        for back in range(2, stop - start + 1):
+            tile = stop - back
+            value_stage = step % STAGES
+            value_phase = step // STAGES & 1
+            step += 1
+            mbarrier.wait(ring.key_ready.index(step % STAGES), step // STAGES & 1)
+            key = ring.key_tiles.index(step % STAGES).permute((1, 0))
+            scores = warpgroup_mma(query, key, scores, use_acc=False, is_async=True)
+            out = out * gl.convert_layout(rescale, out_rows)[:, None]
+            mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
+            out = warpgroup_mma(weights, ring.value_tiles.index(value_stage), out, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(ring.key_free.index(step % STAGES))
+            if (tile < whole) | (tile >= diagonal):
+                scores = _masked(scores, tile, position, SLIDING_WINDOW)
+            new_weights, highest, total, rescale = _softmax(scores, highest, total, scale_log2)
+            new_weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
+            # Complete since long, but a branch: without one the assembler puts the softmax behind the next wait.
+            mbarrier.wait(ring.value_ready.index(value_stage), value_phase)
+            out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
+            mbarrier.arrive(ring.value_free.index(value_stage))
+            weights = new_weights
         out = out * gl.convert_layout(rescale, out_rows)[:, None]
         mbarrier.wait(ring.value_ready.index(step % STAGES), step // STAGES & 1)
         out = warpgroup_mma(weights, ring.value_tiles.index(step % STAGES), out, is_async=True)

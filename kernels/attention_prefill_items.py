@@ -121,14 +121,15 @@ def tiles(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl
     """The tiles of keys that a tile of queries visits.
 
     Returns:
-        (the first, the first that some row sees only a part of, one past the last, one past the last position)
+        (the first, the first of which every row sees the beginning, the first of which some row does not see the end,
+        one past the last, one past the last position)
     """
     before = item.length - item.q_len  # tokens before the chunk
     lowest = before + item.first
     end = before + gl.minimum(item.first + BLOCK_Q, item.q_len)
     start = lowest * 0
-    diagonal = (lowest + 1) // BLOCK_N
+    whole = start
     if SLIDING_WINDOW > 0:
         start = gl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N
-        diagonal = start
-    return start, diagonal, gl.cdiv(end, BLOCK_N), end
+        whole = gl.cdiv(gl.maximum(end - SLIDING_WINDOW, 0), BLOCK_N)
+    return start, whole, (lowest + 1) // BLOCK_N, gl.cdiv(end, BLOCK_N), end

@@ -26,6 +26,11 @@ _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
 _one_at_a_time = threading.Lock()
 
 
+def compiles_only() -> bool:
+    """Whether launches by this thread only compile."""
+    return _compiles_only.get()
+
+
 @contextmanager
 def compile_ahead(progress: Callable[[int, int], object] = lambda done, total: None) -> Iterator[None]:
     """Launches of Triton kernels by this thread compile, and launch nothing; at the end all kernels are compiled.

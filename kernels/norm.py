@@ -18,6 +18,7 @@ from torch import Tensor
 from mini_infer.kernels import dependent_launch
 from mini_infer.kernels.common import check_floating, check_same, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import release, wait
+from mini_infer.kernels.relaunch import Relaunch
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -34,7 +35,7 @@ def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: floa
     return rmsnorm_reference(new_residual, weight, eps), new_residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "eps"])
 def _rmsnorm_kernel(
     x_ptr,  # [num_rows, hidden], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
     residual_ptr,  # same shape and strides of its own; unread unless HAS_RESIDUAL
@@ -42,12 +43,12 @@ def _rmsnorm_kernel(
     out_ptr,  # [num_rows, hidden] contiguous
     new_residual_ptr,  # [num_rows, hidden] contiguous; unwritten unless HAS_RESIDUAL
     num_rows,
+    eps,
     inner,
     x_stride_outer,
     x_stride_inner,
     r_stride_outer,
     r_stride_inner,
-    eps,
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -81,12 +82,16 @@ def _rmsnorm_kernel(
     tl.store(out_ptr + out_offsets, normed, mask=mask)
 
 
+_rmsnorm = Relaunch(_rmsnorm_kernel)
+
+
 def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x as rows: (x or a contiguous copy, stride_outer, stride_inner, inner), with row r as in the kernel's comment."""
-    if x.dim() == 3 and x.stride(2) == 1:
-        return x, x.stride(0), x.stride(1), x.shape[1]
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x, x.stride(0), 0, 1
+    strides = x.stride()
+    if len(strides) == 2 and strides[1] == 1:
+        return x, strides[0], 0, 1
+    if len(strides) == 3 and strides[2] == 1:
+        return x, strides[0], strides[1], x.shape[1]
     return x.contiguous(), x.shape[-1], 0, 1
 
 
@@ -106,26 +111,15 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
             r, r_outer, r_inner = r.contiguous(), hidden, 0
     block_hidden = next_power_of_2(hidden)
     block_rows = max(1, 1024 // block_hidden)  # short rows (q/k norm) share a program
-    _rmsnorm_kernel[((num_rows + block_rows - 1) // block_rows,)](
-        x,
-        r,
-        x if weight is None else weight,
-        out,
-        new_residual,
-        num_rows,
-        inner,
-        x_outer,
-        x_inner,
-        r_outer,
-        r_inner,
-        eps,
-        HIDDEN=hidden,
-        BLOCK_ROWS=block_rows,
-        BLOCK_HIDDEN=block_hidden,
-        HAS_WEIGHT=weight is not None,
-        HAS_RESIDUAL=residual is not None,
+    _rmsnorm(
+        ((num_rows + block_rows - 1) // block_rows, 1, 1),
+        (x, r, x if weight is None else weight, out, new_residual),
+        (num_rows, eps),
+        (inner, x_outer, x_inner, r_outer, r_inner),
+        (hidden, block_rows, block_hidden, weight is not None, residual is not None, dependent_launch.supported()),
+        x.dtype,
         num_warps=min(max(block_hidden // 256, 4), 16),
-        **dependent_launch.options(),
+        launch_pdl=dependent_launch.supported(),
     )
     return out, new_residual
 

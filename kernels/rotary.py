@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels.common import check_floating, check_index, check_same, next_power_of_2, register_op
+from mini_infer.kernels.relaunch import Relaunch
 
 _HEADS_PER_PROGRAM = 8
 
@@ -123,6 +124,9 @@ def _rotary_kernel(
         )
 
 
+_rotary = Relaunch(_rotary_kernel)
+
+
 def _by_token(x: Tensor) -> Tensor:
     """x as [num_tokens, heads, D]: a view where its strides allow one."""
     if x.dim() != 3:
@@ -133,33 +137,33 @@ def _by_token(x: Tensor) -> Tensor:
 def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
-    q, k, positions = _by_token(q), _by_token(k), position_ids.reshape(-1)
+    q, k = _by_token(q), _by_token(k)
+    positions = position_ids if position_ids.is_contiguous() else position_ids.contiguous()
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     if num_tokens == 0:
         return q_out, k_out
+    q_strides, k_strides = q.stride(), k.stride()
     block_heads = min(next_power_of_2(num_kv_heads), _HEADS_PER_PROGRAM)
     q_programs = -(-num_heads // block_heads)
-    _rotary_kernel[(num_tokens, q_programs + -(-num_kv_heads // block_heads))](
-        q,
-        k,
-        cos,
-        sin,
-        positions,
-        q_out,
-        k_out,
-        num_heads,
-        num_kv_heads,
-        q_programs,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        HALF=head_dim // 2,
-        BLOCK_HEADS=block_heads,
-        BLOCK_HALF=next_power_of_2(head_dim // 2),
+    half = head_dim // 2
+    _rotary(
+        (num_tokens, q_programs + -(-num_kv_heads // block_heads), 1),
+        (q, k, cos, sin, positions, q_out, k_out),
+        (),
+        (
+            num_heads,
+            num_kv_heads,
+            q_programs,
+            q_strides[0],
+            q_strides[1],
+            k_strides[0],
+            k_strides[1],
+            cos.stride(0),
+            sin.stride(0),
+        ),
+        (half, block_heads, next_power_of_2(half)),
+        (q.dtype, positions.dtype),
         num_warps=2,
     )
     return q_out, k_out
@@ -187,27 +191,29 @@ def apply_rotary_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
     """
     check_floating("q", q)
     check_same("k", k, "q", q)
-    if q.dim() < 2 or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1] or q.shape[-1] % 2 != 0:
+    shape, k_shape, table_shape = q.shape, k.shape, cos.shape
+    if len(shape) < 2 or k_shape[:-2] != shape[:-2] or k_shape[-1] != shape[-1] or shape[-1] % 2 != 0:
         raise ValueError(
             "q and k must be [..., heads, head_dim] with equal leading dimensions and one even head_dim, "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            f"got {tuple(shape)} and {tuple(k_shape)}"
         )
-    half = q.shape[-1] // 2
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != half:
+    half = shape[-1] // 2
+    if len(table_shape) != 2 or table_shape != sin.shape or table_shape[1] != half:
         raise ValueError(
-            f"cos and sin must both be [max_positions, {half}] (half of head_dim {q.shape[-1]}), "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            f"cos and sin must both be [max_positions, {half}] (half of head_dim {shape[-1]}), "
+            f"got {tuple(table_shape)} and {tuple(sin.shape)}; "
             f"Hugging Face tables repeat the half: pass cos[..., :{half}] and sin[..., :{half}]"
         )
-    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.device != q.device or sin.device != q.device:
+    device = q.device
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.device != device or sin.device != device:
         raise ValueError(
-            f"cos and sin must be float32 on {q.device}, got {cos.dtype} on {cos.device}, {sin.dtype} on {sin.device}"
+            f"cos and sin must be float32 on {device}, got {cos.dtype} on {cos.device}, {sin.dtype} on {sin.device}"
         )
     if cos.stride(1) != 1 or sin.stride(1) != 1:
         raise ValueError("cos and sin must have stride 1 in their last dimension")
-    if position_ids.shape != q.shape[:-2]:
+    if position_ids.shape != shape[:-2]:
         raise ValueError(
-            f"position_ids must be {tuple(q.shape[:-2])} (q's leading dimensions), got {tuple(position_ids.shape)}"
+            f"position_ids must be {tuple(shape[:-2])} (q's leading dimensions), got {tuple(position_ids.shape)}"
         )
     check_index("position_ids", position_ids, "q", q)
     q_out, k_out = _rotary_op(q, k, cos, sin, position_ids)
