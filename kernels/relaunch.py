@@ -2,7 +2,8 @@
 
 Triton looks at every argument of every launch, to find the kernel compiled for such arguments. In a captured graph that
 costs nothing; for a call from Python it is most of the time of a small kernel. Here whoever launches says what a kernel
-depends on, and from the second launch on only its pointers and numbers are handed to the driver.
+depends on, and from the second launch on only its pointers and numbers are handed to the driver. Triton's launch hooks
+are not called then.
 """
 
 from collections.abc import Hashable
@@ -44,7 +45,7 @@ class Relaunch:
         Args:
             grid: Programs along each axis, at least 1.
             tensors: On the current device.
-            free: Numbers for which nothing is compiled.
+            free: Numbers for which nothing is compiled: floats, and integers of 32 bits.
             numbers: Numbers for which the kernel may be compiled, as Triton does for 1 and multiples of 16.
             constants: The values of the kernel's constants.
             dtypes: What the types of the tensors follow from.

@@ -5,52 +5,12 @@ Run in processes of their own, where Triton is not interpreted, and a stub drive
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-PREAMBLE = """
-import os, threading
-from pathlib import Path
-import torch, triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-launched, compiled, launchers = [], [], []
-
-def ahead():
-    return threading.current_thread().name.startswith("compile")
-
-class Launcher:
-    def __init__(self, src, metadata):
-        self.name = src.name
-        launchers.append((src.name, ahead()))
-    def __call__(self, *args): launched.append(self.name)
-
-class Utils:
-    def get_device_properties(self, device): return {"max_shared_mem": 227 * 1024}
-    def load_binary(self, name, binary, shared, device): return object(), 0, 0, 0, 1024
-
-class Driver:
-    launcher_cls, utils = Launcher, Utils()
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-def listener(*, src, cache_hit, **_):
-    assert not cache_hit
-    compiled.append((src.name, ahead()))
-
-triton.runtime.driver.set_active(Driver())
-triton.knobs.compilation.listener = listener
-run = JITFunction.run
-"""
+from tests.kernels.stub_driver import PREAMBLE, run_without_gpu
 
 KERNELS = (
     PREAMBLE
@@ -200,16 +160,4 @@ assert launched and not compiled, compiled
 @pytest.mark.parametrize("code", [pytest.param(KERNELS, id="kernels"), pytest.param(STEPS, id="steps")])
 def test_compile_ahead(code: str, tmp_path: Path) -> None:
     """Launches compile and are none; afterwards those kernels are in memory, the others are launched as ever."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = tmp_path / "script.py"  # Triton reads the source of its kernels
-    script.write_text(code)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=root,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_without_gpu(code, tmp_path)

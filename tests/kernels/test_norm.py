@@ -67,6 +67,19 @@ def test_row_alone_equals_row_in_batch(backend):
     assert torch.equal(run(x, weight, 1e-6)[4:5], run(x[4:5], weight, 1e-6))
 
 
+def test_one_call_after_another(backend, assert_close):
+    """Kernels are launched again without being looked for; what is passed differs in all ways that matter."""
+    run, run_add = backend.pick(rmsnorm, _launch_rmsnorm), backend.pick(add_rmsnorm, _launch_add_rmsnorm)
+    wide = torch.randn(9, 97, device=backend.device)
+    for _ in range(2):
+        for x in (wide[:, :64], wide[2:3, :64], wide[:, 1:65], wide[:, :64].contiguous(), wide[:, :64].half()):
+            weight = torch.rand(64, device=backend.device).to(x.dtype)
+            assert_close("out", run(x, weight, 1e-6), expected_rmsnorm(x, weight, 1e-6))
+            assert_close("without weight", run(x, None, 1e-2), expected_rmsnorm(x, torch.ones_like(weight), 1e-2))
+            normed, new_residual = run_add(x, x, weight, 1e-6)
+            assert_close("normed", normed, expected_rmsnorm(new_residual, weight, 1e-6))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large(assert_close, dtype):

@@ -50,6 +50,22 @@ def test_fused_qkv_views(backend, assert_close):
     assert torch.equal(qkv, before)
 
 
+def test_one_call_after_another(backend, assert_close):
+    """Kernels are launched again without being looked for; what is passed differs in all ways that matter."""
+    run = backend.pick(apply_rotary_emb, _launch_rotary)
+    cos, sin = tables(50, 32, backend.device)
+    wide = torch.randn(4, 5 * 64 + 1, device=backend.device)
+    for _ in range(2):
+        for rows, first, heads in ((4, 0, 3), (1, 0, 3), (4, 1, 3), (4, 64, 2)):
+            q = wide[:rows, first : first + heads * 64].view(rows, heads, 64)
+            k = wide[:rows, 256:320].view(rows, 1, 64)
+            for positions in (torch.arange(rows) + 7, torch.arange(rows).int()):
+                positions = positions.to(backend.device)
+                q_out, k_out = run(q, k, cos, sin, positions)
+                assert_close("q", q_out, expected_rotation(q, cos, sin, positions))
+                assert_close("k", k_out, expected_rotation(k, cos, sin, positions))
+
+
 def test_sliced_hugging_face_tables(backend, assert_close):
     """Tables cut from [max_positions, head_dim] keep a row stride of head_dim."""
     q, k = torch.randn(3, 2, 64, device=backend.device), torch.randn(3, 1, 64, device=backend.device)
