@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -293,9 +292,6 @@ def test_the_host_does_not_wait() -> None:
     for _ in range(2):  # the first round fills the allocators' caches
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)
-        begun = time.perf_counter()
         pool.swap_out(out)
         pool.swap_in(back)
-        milliseconds = (time.perf_counter() - begun) * 1e3
-        assert not torch.cuda.current_stream().query(), "the device was not busy long enough"
-    assert milliseconds < 5
+        assert not torch.cuda.current_stream().query(), "the host waited until the device was done"
