@@ -209,7 +209,7 @@ def test_abort_a_swapped_request(engine_with: Callable[..., LLMEngine], alone: C
 def test_abort_of_no_request(engine: LLMEngine) -> None:
     for request_id in ("nonsense", ""):
         with pytest.raises(InvalidRequestError, match="no request"):
-            engine.abort(request_id)  # type: ignore[arg-type]
+            engine.abort(request_id)
 
 
 def test_abort_at_random(engine_with: Callable[..., LLMEngine], alone: Callable[..., list[int]]) -> None:
