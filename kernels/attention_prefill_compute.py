@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mini_infer.kernels.attention_prefill_items import listen, tiles
+from mini_infer.kernels.attention_prefill_items import listen, visit_of
 
 
 @gluon.jit
@@ -89,8 +89,8 @@ def compute_partition(
 ):
     """A computing group: attention of the rows PART * ROWS and following of every tile of queries.
 
-    Tiles of keys are visited from the last one back: as a rule it is the only one to be masked, and the first product
-    and softmax, with which nothing goes on at the same time, are the same code for every item.
+    Tiles of keys are visited from the last one back. The last one is always masked, and is dealt with before the loop;
+    of the others only those where the queries cross from one tile into the next, or a window begins.
     """
     ROWS: gl.constexpr = query_smem.shape[1]
     dtype: gl.constexpr = query_ptr.dtype.element_ty
@@ -114,7 +114,7 @@ def compute_partition(
     )
     while item.number < items:
         query = query_smem.index(turn % 2 * 2 + PART)
-        start, whole, diagonal, stop, _end = tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        visit = visit_of(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
         position = item.length - item.q_len + item.first + local  # [ROWS]
         highest = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
         total = gl.zeros([ROWS], gl.float32, score_rows)
@@ -133,11 +133,11 @@ def compute_partition(
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(ring.key_free.index(step % STAGES))
-        scores = _masked(scores, stop - 1, position, SLIDING_WINDOW)
+        scores = _masked(scores, visit.stop - 1, position, SLIDING_WINDOW)
         weights, highest, total, rescale = _softmax(scores, highest, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), weight_layout)
-        for back in range(2, stop - start + 1):
-            tile = stop - back
+        for back in range(2, visit.stop - visit.start + 1):
+            tile = visit.stop - back
             value_stage = step % STAGES
             value_phase = step // STAGES & 1
             step += 1
@@ -149,7 +149,7 @@ def compute_partition(
             out = warpgroup_mma(weights, ring.value_tiles.index(value_stage), out, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(ring.key_free.index(step % STAGES))
-            if (tile < whole) | (tile >= diagonal):
+            if (tile < visit.whole) | (tile >= visit.diagonal):
                 scores = _masked(scores, tile, position, SLIDING_WINDOW)
             new_weights, highest, total, rescale = _softmax(scores, highest, total, scale_log2)
             new_weights = gl.convert_layout(new_weights.to(dtype), weight_layout)

@@ -39,6 +39,16 @@ class Item(NamedTuple):
     length: Any  # of the context
 
 
+class Visit(NamedTuple):
+    """The tiles of keys that a tile of queries visits."""
+
+    start: Any  # the first
+    whole: Any  # the first of which every row sees the beginning
+    diagonal: Any  # the first of which some row does not see the end
+    stop: Any  # one past the last
+    end: Any  # one past the last position
+
+
 class Channel(NamedTuple):
     """What the next two items are, from the loading warp to the computing groups."""
 
@@ -117,13 +127,8 @@ def listen(turn, channel):
 
 
 @gluon.jit
-def tiles(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl.constexpr):
-    """The tiles of keys that a tile of queries visits.
-
-    Returns:
-        (the first, the first of which every row sees the beginning, the first of which some row does not see the end,
-        one past the last, one past the last position)
-    """
+def visit_of(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl.constexpr):
+    """The tiles of keys that an item visits."""
     before = item.length - item.q_len  # tokens before the chunk
     lowest = before + item.first
     end = before + gl.minimum(item.first + BLOCK_Q, item.q_len)
@@ -132,4 +137,4 @@ def tiles(item, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, SLIDING_WINDOW: gl
     if SLIDING_WINDOW > 0:
         start = gl.maximum(lowest - SLIDING_WINDOW + 1, 0) // BLOCK_N
         whole = gl.cdiv(gl.maximum(end - SLIDING_WINDOW, 0), BLOCK_N)
-    return start, whole, (lowest + 1) // BLOCK_N, gl.cdiv(end, BLOCK_N), end
+    return Visit(start, whole, (lowest + 1) // BLOCK_N, gl.cdiv(end, BLOCK_N), end)

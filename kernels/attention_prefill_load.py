@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from mini_infer.kernels.attention_prefill_items import announce, draw, take, tiles
+from mini_infer.kernels.attention_prefill_items import announce, draw, take, visit_of
 
 
 class Ring(NamedTuple):
@@ -24,10 +24,10 @@ class Ring(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of keys, or values."""
+    """A tile whose values are to be copied."""
 
     rows: Any  # where in the cache its boxes are
-    cut: Any  # its tokens, if they end within a box; else a multiple of a box's
+    cut: Any  # how many tokens an item's last tile has, 0 if it is full; cut is the box within which they end, if any
 
 
 @gluon.jit
@@ -101,30 +101,30 @@ def load_partition(
     item = take(gl.program_id(0), work, BLOCK_Q)
     announce(item, turn, channel)
     next_item = take(draw(work), work, BLOCK_Q)
-    before = Tile((step,) * BOXES, step)  # the tile whose keys were copied last
+    owed = Tile((0,) * BOXES, 0)  # the tile whose keys were copied last; at first there is none
     while item.number < work.items:
         turn += 1
         announce(next_item, turn, channel)
         drawn = draw(work)  # used at the end: it takes a while
-        start, _whole, _diagonal, stop, end = tiles(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
+        visit = visit_of(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
         table = block_table_ptr + item.seq.to(gl.int64) * table_stride
-        for back in range(1, stop - start + 1):
-            first = (stop - back) * BLOCK_N
+        for back in range(1, visit.stop - visit.start + 1):
+            first = (visit.stop - back) * BLOCK_N
             rows = ()
             for box in gl.static_range(BOXES):
                 position = first + box * ROWS
-                block = gl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(gl.int32)
+                block = gl.load(table + position // BLOCK_SIZE, mask=position < visit.end, other=0).to(gl.int32)
                 row = block * rows_block + item.kv_head * rows_head + position % BLOCK_SIZE
-                row = gl.where(position < end, row, -ROWS)  # outside of the cache: zeros are copied
+                row = gl.where(position < visit.end, row, -ROWS)  # outside of the cache: zeros are copied
                 rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
             stage = step % STAGES
             mbarrier.wait(ring.key_free.index(stage), step // STAGES + 1 & 1)
             _copy_tile(keys, rows, ring.key_ready.index(stage), key_boxes, stage * HALVES * BOXES, BOXES, HALVES)
             if step > 0:
-                cuts = _copy_values(values, before, step - 1, cuts, value_boxes, ring, BOXES, HALVES, STAGES)
-            before = Tile(rows, gl.where(back == 1, end % BLOCK_N, 0))
+                cuts = _copy_values(values, owed, step - 1, cuts, value_boxes, ring, BOXES, HALVES, STAGES)
+            owed = Tile(rows, gl.where(back == 1, visit.end % BLOCK_N, 0))
             step += 1
         item = next_item
         next_item = take(drawn, work, BLOCK_Q)
     if step > 0:
-        _copy_values(values, before, step - 1, cuts, value_boxes, ring, BOXES, HALVES, STAGES)
+        _copy_values(values, owed, step - 1, cuts, value_boxes, ring, BOXES, HALVES, STAGES)

@@ -117,7 +117,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
         (num_rows, eps),
         (inner, x_outer, x_inner, r_outer, r_inner),
         (hidden, block_rows, block_hidden, weight is not None, residual is not None, dependent_launch.supported()),
-        x.dtype,
         num_warps=min(max(block_hidden // 256, 4), 16),
         launch_pdl=dependent_launch.supported(),
     )

@@ -1,9 +1,9 @@
 """Launches a kernel once more without working out anew what it was compiled for.
 
 Triton looks at every argument of every launch, to find the kernel compiled for such arguments. In a captured graph that
-costs nothing; for a call from Python it is most of the time of a small kernel. Here whoever launches says what a kernel
-depends on, and from the second launch on only its pointers and numbers are handed to the driver. Triton's launch hooks
-are not called then.
+costs nothing; for a call from Python it is most of the time of a small kernel. Here whoever launches says which numbers
+a kernel depends on, and from the second launch on only its pointers and numbers are handed to the driver. Triton's
+launch hooks are not called then, nor does it look whether the pointers are the GPU's.
 """
 
 from collections.abc import Hashable
@@ -36,7 +36,6 @@ class Relaunch:
         free: tuple[float, ...],
         numbers: tuple[int, ...],
         constants: tuple[Hashable, ...],
-        dtypes: Hashable,
         num_warps: int,
         **options: bool,
     ) -> None:
@@ -45,10 +44,9 @@ class Relaunch:
         Args:
             grid: Programs along each axis, at least 1.
             tensors: On the current device.
-            free: Numbers for which nothing is compiled: floats, and integers of 32 bits.
+            free: Numbers for which nothing is compiled, each always a float or always an integer of 32 bits.
             numbers: Numbers for which the kernel may be compiled, as Triton does for 1 and multiples of 16.
             constants: The values of the kernel's constants.
-            dtypes: What the types of the tensors follow from.
             num_warps: Warps of a program.
             options: Further options of a launch, always the same in a process.
         """
@@ -56,7 +54,7 @@ class Relaunch:
             self._kernel[grid](*tensors, *free, *numbers, *constants, num_warps=num_warps, **options)
             return
         device = driver.active.get_current_device()
-        key = (device, dtypes, numbers, constants, num_warps)
+        key = (device, tuple([tensor.dtype for tensor in tensors]), numbers, constants, num_warps)
         pointers = [tensor.data_ptr() for tensor in tensors]
         aligned = reduce(or_, pointers) % ALIGNMENT == 0
         known = self._known.get(key) if aligned else None
@@ -66,5 +64,6 @@ class Relaunch:
             run(*grid, stream, function, metadata, None, None, None, *pointers, *free, *numbers, *constants)
             return
         kernel = self._kernel[grid](*tensors, *free, *numbers, *constants, num_warps=num_warps, **options)
-        if aligned and kernel.function is not None:  # None: it was not launched
+        launched = kernel is not None and kernel.function is not None  # not where Triton was made to only compile
+        if aligned and launched:
             self._known[key] = kernel.run, kernel.function, kernel.packed_metadata

@@ -163,7 +163,6 @@ def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids:
             sin.stride(0),
         ),
         (half, block_heads, next_power_of_2(half)),
-        (q.dtype, positions.dtype),
         num_warps=2,
     )
     return q_out, k_out

@@ -1,36 +1,21 @@
-"""Every kernel compiles for sm_90 on a machine without a GPU: the compiler refuses more than the interpreter does.
-
-Run in a process of its own, where Triton is not interpreted and a stub driver names the target; nothing is launched.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Every kernel compiles for sm_90 on a machine without a GPU: the compiler refuses more than the interpreter does."""
 
 import pytest
 import torch
 
-CODE = """
+from tests.kernels.stub_driver import PREAMBLE, run_without_gpu
+
+CODE = (
+    PREAMBLE
+    + """
 import dataclasses
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-triton.runtime.driver.set_active(Driver())
-run, compiled, persistent = JITFunction.run, [], []
+names, persistent = [], []
 
 def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-    compiled.append(kernel.metadata.name)
+    names.append(kernel.metadata.name)
     persistent.append(kwargs.get("PERSISTENT", False))
-    assert kernel.metadata.shared <= 227 * 1024, (compiled[-1], kernel.metadata.shared)
+    assert kernel.metadata.shared <= 227 * 1024, (names[-1], kernel.metadata.shared)
     return kernel
 
 JITFunction.run = compile_only
@@ -113,23 +98,11 @@ for logits in (torch.randn(4, 9000).bfloat16(), torch.randn(4, 152000), torch.ra
 f, counts = torch.ones(5), torch.zeros(5, dtype=torch.int64)  # more rows than multiprocessors: two programs on each
 sampling._launch_sample(torch.randn(5, 9000).bfloat16(), f, f.int(), f, f, counts, counts, ())
 sampling._launch_sample(torch.randn(1, 900), f[:1], f[:1].int(), f[:1], f[:1], slots[:1], slots[:1].int(), ())
-assert len(set(compiled)) == 23, set(compiled)
+assert len(set(names)) == 23, set(names)
 """
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile the kernels")
 def test_kernels_compile_without_a_gpu(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(CODE)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=root,
-        env={**environment, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_without_gpu(CODE, tmp_path)

@@ -31,7 +31,7 @@ x, y = torch.zeros(64), torch.zeros(64)
 
 def check(tensors, free, numbers, constants, num_warps=4, known=False):
     asked.clear()
-    relaunch((3, 2, 1), tensors, free, numbers, constants, tensors[0].dtype, num_warps=num_warps)
+    relaunch((3, 2, 1), tensors, free, numbers, constants, num_warps=num_warps)
     assert bool(asked) != known, (numbers, constants)
     launcher, args = calls[-1]
     fill[3, 2, 1](*tensors, *free, *numbers, *constants, num_warps=num_warps)
@@ -51,6 +51,7 @@ check((x, y), (5, 0.5), (2,), (16,))
 check((x, y), (5, 0.5), (1,), (32,))
 check((x, y), (5, 0.5), (1,), (16,), num_warps=8)
 check((x.half(), y.half()), (5, 0.5), (1,), (16,))
+check((x, y.half()), (5, 0.5), (1,), (16,))
 for _ in range(2):  # what is not aligned always goes Triton's way
     check((x[1:], y), (5, 0.5), (1,), (16,))
     check((x, y[1:]), (5, 0.5), (48,), (16,))
@@ -62,7 +63,7 @@ calls.clear()
 JITFunction.run = run
 with compile_ahead():
     for size in (16, 64, 64):
-        relaunch((1, 1, 1), (x, y), (5, 0.5), (1,), (size,), x.dtype, num_warps=4)
+        relaunch((1, 1, 1), (x, y), (5, 0.5), (1,), (size,), num_warps=4)
 assert not calls, "launched where kernels are only compiled"
 JITFunction.run = ask
 check((x, y), (5, 0.5), (1,), (64,))
