@@ -127,23 +127,27 @@ def _rotary_kernel(
 _rotary = Relaunch(_rotary_kernel)
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """x as [num_tokens, heads, D]: a view where its strides allow one."""
+def _by_token(x: Tensor) -> tuple[Tensor, int, int]:
+    """(x as [num_tokens, heads, D], a view where its strides allow one; its strides of a token and of a head)"""
     if x.dim() != 3:
         x = x.flatten(0, -3) if x.dim() > 3 else x.unsqueeze(0)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    strides = x.stride()
+    if strides[2] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, strides[0], strides[1]
 
 
 def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
-    q, k = _by_token(q), _by_token(k)
+    q, q_stride_token, q_stride_head = _by_token(q)
+    k, k_stride_token, k_stride_head = _by_token(k)
     positions = position_ids if position_ids.is_contiguous() else position_ids.contiguous()
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     if num_tokens == 0:
         return q_out, k_out
-    q_strides, k_strides = q.stride(), k.stride()
     block_heads = min(next_power_of_2(num_kv_heads), _HEADS_PER_PROGRAM)
     q_programs = -(-num_heads // block_heads)
     half = head_dim // 2
@@ -155,10 +159,10 @@ def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids:
             num_heads,
             num_kv_heads,
             q_programs,
-            q_strides[0],
-            q_strides[1],
-            k_strides[0],
-            k_strides[1],
+            q_stride_token,
+            q_stride_head,
+            k_stride_token,
+            k_stride_head,
             cos.stride(0),
             sin.stride(0),
         ),

@@ -32,6 +32,7 @@ from mini_infer.exceptions import ConfigError
 
 CALLS = 20  # in a graph
 REPLAYS = 9
+CALLED_FOR_US = 100_000
 ROOT = Path(__file__).parent.parent
 
 
@@ -93,13 +94,15 @@ def in_graph(call: Callable[[int], object]) -> float:
 
 
 def by_call(call: Callable[[int], object]) -> float:
-    """Microseconds of one call from Python, launches and all."""
+    """Microseconds of one call from Python, launches and all: of many, where a call is short, since the host's pace
+    varies."""
 
     def several() -> None:
         for index in range(CALLS):
             call(index)
 
-    return spent(several, REPLAYS) / CALLS
+    repeats = int(CALLED_FOR_US / spent(several, 1))
+    return spent(several, min(max(repeats, REPLAYS), 10 * REPLAYS)) / CALLS
 
 
 def measure_ceilings() -> Ceilings:
