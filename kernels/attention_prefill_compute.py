@@ -5,6 +5,8 @@ Within a group the product of the weights and values of one tile goes on during 
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,6 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mini_infer.kernels.attention_prefill_items import listen, visit_of
+
+
+class Queries(NamedTuple):
+    """What is computed from, and to."""
+
+    query_ptr: Any  # [num_tokens, num_heads, HEAD_DIM], strided
+    out_ptr: Any  # [num_tokens, num_heads, HEAD_DIM] contiguous
+    num_heads: Any
+    stride_token: Any  # of the queries
+    stride_head: Any
+    scale: Any
 
 
 @gluon.jit
@@ -32,10 +45,10 @@ def _query_places(item, rows, stride_token, stride_head, GROUP: gl.constexpr, BL
 
 
 @gluon.jit
-def _fetch_queries(item, query_ptr, stride_token, stride_head, rows, dims, GROUP: gl.constexpr, BLOCK_Q, smem, ready):
+def _fetch_queries(item, queries, rows, dims, GROUP: gl.constexpr, BLOCK_Q, smem, ready):
     """Begins to copy a group's query rows; they are there when `ready` completes."""
-    start, place, inside = _query_places(item, rows, stride_token, stride_head, GROUP, BLOCK_Q)
-    source = query_ptr + start + (place[:, None] + dims[None, :])
+    start, place, inside = _query_places(item, rows, queries.stride_token, queries.stride_head, GROUP, BLOCK_Q)
+    source = queries.query_ptr + start + (place[:, None] + dims[None, :])
     async_copy.async_copy_global_to_shared(smem, source, mask=inside[:, None])
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
@@ -69,12 +82,7 @@ def _softmax(scores, highest, total, scale_log2):
 @gluon.jit
 def compute_partition(
     PART: gl.constexpr,
-    query_ptr,
-    out_ptr,
-    num_heads,
-    q_stride_token,
-    q_stride_head,
-    scale,
+    queries,
     items,
     channel,
     ring,
@@ -93,7 +101,7 @@ def compute_partition(
     of the others only those where the queries cross from one tile into the next, or a window begins.
     """
     ROWS: gl.constexpr = query_smem.shape[1]
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    dtype: gl.constexpr = queries.query_ptr.dtype.element_ty
     lanes: gl.constexpr = HEAD_DIM // 8
     row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -104,14 +112,12 @@ def compute_partition(
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
     dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, row_layout))
     local = (PART * ROWS + gl.arange(0, ROWS, layout=score_rows)) // GROUP
-    scale_log2 = scale * 1.4426950408889634  # exp2 is the hardware's exponential
+    scale_log2 = queries.scale * 1.4426950408889634  # exp2 is the hardware's exponential
 
     step = 0  # tiles so far
     turn = 0  # items so far
     item = listen(turn, channel)
-    _fetch_queries(
-        item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, query_smem.index(PART), query_ready
-    )
+    _fetch_queries(item, queries, rows, dims, GROUP, BLOCK_Q, query_smem.index(PART), query_ready)
     while item.number < items:
         query = query_smem.index(turn % 2 * 2 + PART)
         visit = visit_of(item, BLOCK_Q, BLOCK_N, SLIDING_WINDOW)
@@ -128,9 +134,7 @@ def compute_partition(
         turn += 1
         next_item = listen(turn, channel)
         place = query_smem.index(turn % 2 * 2 + PART)
-        _fetch_queries(
-            next_item, query_ptr, q_stride_token, q_stride_head, rows, dims, GROUP, BLOCK_Q, place, query_ready
-        )
+        _fetch_queries(next_item, queries, rows, dims, GROUP, BLOCK_Q, place, query_ready)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(ring.key_free.index(step % STAGES))
         scores = _masked(scores, visit.stop - 1, position, SLIDING_WINDOW)
@@ -168,8 +172,8 @@ def compute_partition(
         share = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0 only in rows that are not stored
         out = out * gl.convert_layout(share, out_rows)[:, None]
         query.store(out.to(dtype))  # its place is free now; from there whole rows are stored
-        first_place, place, inside = _query_places(item, rows, num_heads * HEAD_DIM, HEAD_DIM, GROUP, BLOCK_Q)
-        target = out_ptr + first_place + (place[:, None] + dims[None, :])
+        first_place, place, inside = _query_places(item, rows, queries.num_heads * HEAD_DIM, HEAD_DIM, GROUP, BLOCK_Q)
+        target = queries.out_ptr + first_place + (place[:, None] + dims[None, :])
         gl.store(target, query.load(row_layout), mask=inside[:, None])
         item = next_item
     mbarrier.wait(query_ready, turn & 1)  # nothing may be under way when the program ends

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mini_infer.kernels.attention_prefill_compute import compute_partition
+from mini_infer.kernels.attention_prefill_compute import Queries, compute_partition
 from mini_infer.kernels.attention_prefill_items import LANES, Channel, Work
 from mini_infer.kernels.attention_prefill_load import Ring, load_partition
 from mini_infer.kernels.common import ALIGNMENT, multiprocessors, on_hopper
@@ -107,6 +107,7 @@ def _hopper_prefill_kernel(
         mbarrier.init(key_free.index(stage), count=2)
         mbarrier.init(value_ready.index(stage), count=1)
         mbarrier.init(value_free.index(stage), count=2)
+    queries = Queries(query_ptr, out_ptr, num_heads, q_stride_token, q_stride_head, scale)
     work = Work(context_len_ptr, start_loc_ptr, drawn_ptr, num_seqs, num_kv_heads, items)
     channel = Channel(item_smem, item_told, item_heard)
     ring = Ring(key_smem, value_smem, key_ready, key_free, value_ready, value_free, cut_ready)
@@ -117,12 +118,7 @@ def _hopper_prefill_kernel(
                 compute_partition,
                 (
                     gl.constexpr(0),
-                    query_ptr,
-                    out_ptr,
-                    num_heads,
-                    q_stride_token,
-                    q_stride_head,
-                    scale,
+                    queries,
                     items,
                     channel,
                     ring,
@@ -140,12 +136,7 @@ def _hopper_prefill_kernel(
                 compute_partition,
                 (
                     gl.constexpr(1),
-                    query_ptr,
-                    out_ptr,
-                    num_heads,
-                    q_stride_token,
-                    q_stride_head,
-                    scale,
+                    queries,
                     items,
                     channel,
                     ring,
