@@ -143,7 +143,7 @@ def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids:
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     q, q_stride_token, q_stride_head = _by_token(q)
     k, k_stride_token, k_stride_head = _by_token(k)
-    positions = position_ids if position_ids.is_contiguous() else position_ids.contiguous()
+    positions = position_ids.contiguous()
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     if num_tokens == 0:

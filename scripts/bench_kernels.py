@@ -32,7 +32,7 @@ from mini_infer.exceptions import ConfigError
 
 CALLS = 20  # in a graph
 REPLAYS = 9
-CALLED_FOR_US = 100_000
+CALLED_FOR_US = 100_000  # of calls from Python: the host's pace varies
 ROOT = Path(__file__).parent.parent
 
 
@@ -94,8 +94,7 @@ def in_graph(call: Callable[[int], object]) -> float:
 
 
 def by_call(call: Callable[[int], object]) -> float:
-    """Microseconds of one call from Python, launches and all: of many, where a call is short, since the host's pace
-    varies."""
+    """Microseconds of one call from Python, launches and all."""
 
     def several() -> None:
         for index in range(CALLS):

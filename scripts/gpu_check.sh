@@ -8,7 +8,7 @@
 #   scripts/gpu_check.sh --kernels   tests, and every kernel against its floor and PyTorch in place of the benchmarks
 #   scripts/gpu_check.sh --sanitize  the tests of attention and matrix products alone, under compute-sanitizer's memcheck
 #                                    and racecheck (it must be on the PATH: pip install nvidia-cuda-sanitizer-api, 13.5
-#                                    or later; that of CUDA 13.0 knows fewer kinds of barriers)
+#                                    or later; that of CUDA 13.0 takes more of what warps tell each other for hazards)
 #
 # Other arguments go to pytest; with --sanitize they choose among the tests.
 set -uo pipefail
@@ -48,7 +48,8 @@ if [ "$mode" = sanitize ]; then
     parts=$((parts < ${#tests[@]} ? parts : ${#tests[@]}))
     logs=$(mktemp -d)
     # Triton tells warps what to do (warp_specialize) through bytes that are written before a barrier of all threads and
-    # read after it. racecheck takes that for hazards, at the lines of the kernel's name and of the call.
+    # read after it. racecheck takes that for hazards, at the lines of the kernel's name and of the call, where nothing
+    # of our own reads or writes.
     mapfile -t specialized < <(grep -l gl.warp_specialize kernels/*.py)
     dispatch=$(grep -nHE '^def _[a-z_]+_kernel\(|gl\.warp_specialize\(' "${specialized[@]}" |
         sed -E 's|.*/([^:]+:[0-9]+):.*|\1|' | tr '\n' ' ')
@@ -67,7 +68,8 @@ if [ "$mode" = sanitize ]; then
         local log=$logs/$1-$2 mine=() index passed status
         for ((index = $2; index < ${#tests[@]}; index += parts)); do mine+=("${tests[index]}"); done
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name 'regex=^_[a-z_]+_kernel$' \
-            --print-limit 0 --error-exitcode 9 --log-file "$log" python3 -m pytest -p no:xdist -m gpu -rA "${mine[@]}" >"$log.txt" 2>&1
+            --print-limit 0 --error-exitcode 9 --log-file "$log" \
+            python3 -m pytest -p no:xdist -m gpu -rA "${mine[@]}" >"$log.txt" 2>&1
         status=$?
         passed=$(grep -c ^PASSED "$log.txt")
         if [ "$status" = 9 ] && [ "$1" = racecheck ] && [ "$passed" = ${#mine[@]} ] && only_dispatch "$log"; then
