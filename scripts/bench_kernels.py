@@ -32,7 +32,8 @@ from mini_infer.exceptions import ConfigError
 
 CALLS = 20  # in a graph
 REPLAYS = 9
-CALLED_FOR_US = 100_000  # of calls from Python: the host's pace varies
+CALLED_FOR_US = 2_000  # from Python, at a time
+TURNS = 45
 ROOT = Path(__file__).parent.parent
 
 
@@ -93,15 +94,24 @@ def in_graph(call: Callable[[int], object]) -> float:
     return spent(graph.replay, REPLAYS) / CALLS
 
 
-def by_call(call: Callable[[int], object]) -> float:
-    """Microseconds of one call from Python, launches and all."""
+def by_call(*calls: Callable[[int], object]) -> list[float]:
+    """Median microseconds of a call of each from Python, launches and all; in turns, since the host's pace varies."""
 
-    def several() -> None:
-        for index in range(CALLS):
+    def microseconds(call: Callable[[int], object], times: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for index in range(times):
             call(index)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3 / times
 
-    repeats = int(CALLED_FOR_US / spent(several, 1))
-    return spent(several, min(max(repeats, REPLAYS), 10 * REPLAYS)) / CALLS
+    for call in calls:
+        call(0)  # what is done once
+    times = [max(int(CALLED_FOR_US / microseconds(call, CALLS)), 1) for call in calls]
+    turns = [[microseconds(call, count) for call, count in zip(calls, times, strict=True)] for _ in range(TURNS)]
+    return [median(each) for each in zip(*turns, strict=True)]
 
 
 def measure_ceilings() -> Ceilings:
@@ -117,7 +127,8 @@ def measure_ceilings() -> Ceilings:
 
 def measure(case: Case, ceilings: Ceilings, *, compiled: bool) -> Row:
     """Time one case."""
-    graph_us, eager_us = in_graph(case.ours), by_call(case.ours)
+    graph_us = in_graph(case.ours)
+    eager_us, plain_eager_us = by_call(case.ours, case.plain)
     memory = max(ceilings.read, ceilings.copy)
     bound_by_memory = case.flops / ceilings.matmul <= case.bytes / memory
     work, ceiling, unit = (case.bytes, memory, "TB/s") if bound_by_memory else (case.flops, ceilings.matmul, "TFLOP/s")
@@ -132,7 +143,7 @@ def measure(case: Case, ceilings: Ceilings, *, compiled: bool) -> Row:
         unit=unit,
         ceiling=rate / ceiling,
         plain_graph=in_graph(plain) / graph_us,
-        plain_eager=by_call(plain) / eager_us,
+        plain_eager=plain_eager_us / eager_us,
         compiled_graph=in_graph(torch.compile(plain, dynamic=False)) / graph_us if compiled else None,
         intensity=case.flops / case.bytes,
     )

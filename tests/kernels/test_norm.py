@@ -53,6 +53,12 @@ def test_strided_heads(backend, assert_close):
     assert_close("normed", normed, expected_rmsnorm(q + residual, weight, 1e-6))
 
 
+def test_strided_weight(backend, assert_close):
+    x, weight = torch.randn(3, 48, device=backend.device), torch.rand(48, 2, device=backend.device)[:, 1]
+    out = backend.pick(rmsnorm, _launch_rmsnorm)(x, weight, 1e-6)
+    assert_close("out", out, expected_rmsnorm(x, weight, 1e-6))
+
+
 def test_no_rows(backend):
     out = backend.pick(rmsnorm, _launch_rmsnorm)(
         torch.zeros(0, 64, device=backend.device), torch.ones(64, device=backend.device), 1e-6
