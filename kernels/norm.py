@@ -10,6 +10,8 @@ multiplication. Rows are independent, each reduced in one fixed order; padded ro
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,10 +40,10 @@ def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: floa
 @triton.jit(do_not_specialize=["eps", "num_rows"])
 def _rmsnorm_kernel(
     x_ptr,  # [num_rows, hidden], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
-    residual_ptr,  # same shape and strides of its own; unread unless HAS_RESIDUAL
-    weight_ptr,  # [hidden]; unread unless HAS_WEIGHT
+    residual_ptr,  # same shape and strides of its own, or None
+    weight_ptr,  # [hidden], or None
     out_ptr,  # [num_rows, hidden] contiguous
-    new_residual_ptr,  # [num_rows, hidden] contiguous; unwritten unless HAS_RESIDUAL
+    new_residual_ptr,  # [num_rows, hidden] contiguous; None without a residual
     eps,
     num_rows,
     inner,
@@ -52,8 +54,6 @@ def _rmsnorm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     release(DEPENDENT)
@@ -63,12 +63,12 @@ def _rmsnorm_kernel(
     outer_index = rows // inner
     inner_index = rows % inner
     x_rows = outer_index * x_stride_outer + inner_index * x_stride_inner
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
     wait(DEPENDENT)
     x = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     out_offsets = rows[:, None] * HIDDEN + cols[None, :]
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         r_rows = outer_index * r_stride_outer + inner_index * r_stride_inner
         x += tl.load(residual_ptr + r_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(new_residual_ptr.dtype.element_ty)
@@ -77,7 +77,7 @@ def _rmsnorm_kernel(
     mean_square = tl.sum(x * x, axis=1) / HIDDEN  # [BLOCK_ROWS]
     inv_rms = 1.0 / tl.sqrt_rn(mean_square + tl.cast(eps, tl.float32))
     normed = (x * inv_rms[:, None]).to(out_ptr.dtype.element_ty)
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         normed = (normed.to(tl.float32) * weight[None, :]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_offsets, normed, mask=mask)
 
@@ -95,34 +95,15 @@ def _row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x.contiguous(), x.shape[-1], 0, 1
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(normed, x + residual; normed again without a residual)"""
-    again = _launch_again(x, residual, weight, eps)
-    return _launch_first(x, residual, weight, eps) if again is None else again
-
-
-def _launch_again(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor] | None:
-    found = _launches.find(x, residual, weight)
-    if found is None:
-        return None
-    launch, addresses = found
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    new_residual = out if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    launch(*addresses, out.data_ptr(), new_residual.data_ptr(), eps)
-    return out, new_residual
-
-
-def _launch_first(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
     hidden = x.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    new_residual = out if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    new_residual = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     num_rows = x.numel() // hidden
     if num_rows == 0:
         return out, new_residual
     rows, x_outer, x_inner, inner = _row_strides(x)
-    r, r_outer, r_inner = rows, x_outer, x_inner
+    r, r_outer, r_inner = None, 0, 0
     if residual is not None:
         r, r_outer, r_inner, r_inner_count = _row_strides(residual)
         if r_inner_count != inner:  # one of the two had to be copied: bring both to plain rows
@@ -132,13 +113,14 @@ def _launch_first(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps
     block_rows = max(1, 1024 // block_hidden)  # short rows (q/k norm) share a program
     _launches.first(
         (x, residual, weight),
-        ((num_rows + block_rows - 1) // block_rows, 1, 1),
-        (rows, r, rows if weight is None else weight.contiguous(), out, new_residual),
+        (rows, r, None if weight is None else weight.contiguous()),
+        (out, new_residual),
         (eps,),
         (
             *(num_rows, inner, x_outer, x_inner, r_outer, r_inner),
-            *(hidden, block_rows, block_hidden, weight is not None, residual is not None, dependent_launch.supported()),
+            *(hidden, block_rows, block_hidden, dependent_launch.supported()),
         ),
+        grid=((num_rows + block_rows - 1) // block_rows, 1, 1),
         num_warps=min(max(block_hidden // 256, 4), 16),
         launch_pdl=dependent_launch.supported(),
     )
@@ -146,11 +128,13 @@ def _launch_first(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps
 
 
 def _launch_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return _launch(x, None, weight, eps)[0]
+    outputs = _launches.again((x, None, weight), eps)
+    return _launch(x, None, weight, eps)[0] if outputs is None else outputs[0]
 
 
 def _launch_add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _launch(x, residual, weight, eps)
+    outputs: Any = _launches.again((x, residual, weight), eps) or _launch(x, residual, weight, eps)
+    return outputs[0], outputs[1]
 
 
 def _rmsnorm_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -191,11 +175,11 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     Returns:
         A contiguous tensor of x's shape and dtype.
     """
-    again = _launch_again(x, None, weight, eps)
-    if again is not None:
-        return again[0]
-    _check(x, weight)
-    out: Tensor = _rmsnorm_op(x, weight, eps)
+    outputs = _launches.again((x, None, weight), eps)
+    if outputs is None:
+        _check(x, weight)
+        outputs = [_rmsnorm_op(x, weight, eps)]
+    out: Tensor = outputs[0]
     return out
 
 
@@ -211,9 +195,9 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) 
     Returns:
         (normed, new_residual), both contiguous and of x's shape and dtype; new_residual = x + residual.
     """
-    again = _launch_again(x, residual, weight, eps)
-    if again is not None:
-        return again
+    outputs = _launches.again((x, residual, weight), eps)
+    if outputs is not None:
+        return outputs[0], outputs[1]
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"residual must have the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")

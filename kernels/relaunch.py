@@ -7,10 +7,10 @@ where they are or what they hold: so an op keeps its launches by that, and from 
 are new. Triton's launch hooks are not called then.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,94 +23,115 @@ from mini_infer.kernels.compile_ahead import compiles_only
 _MOST_LAYOUTS = 4096
 """A layout takes about 1 KiB, and there is one for every number of tokens: beyond this many they are found anew."""
 
+_new: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+"""A tensor on the current device, by sizes, strides and type, past the dispatcher, as torch.compile's code makes it."""
 
-class Launch:
-    """A compiled kernel with all that a launch of it takes, but for what comes first among its arguments."""
 
-    __slots__ = ("_device", "_function", "_grid", "_metadata", "_rest", "_run")
+class _Launch(NamedTuple):
+    """All that a launch takes, but for addresses and what does not depend on how tensors are laid out."""
 
-    def __init__(self, kernel: Any, device: int, grid: tuple[int, int, int], rest: tuple[Hashable, ...]) -> None:
-        self._run, self._function, self._metadata = kernel.run, kernel.function, kernel.packed_metadata
-        self._device, self._grid, self._rest = device, grid, rest
-
-    def __call__(self, *arguments: float) -> None:
-        """Launch it on the current stream: the addresses of its tensors, then the numbers that were not kept."""
-        stream = driver.active.get_current_stream(self._device)
-        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments, *self._rest)
+    run: Any
+    function: Any
+    metadata: Any
+    device: int
+    grid: tuple[int, int, int]
+    outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None]
+    rest: tuple[Hashable, ...]
 
 
 class Launches:
     """The launches of an op's kernel, by how the op's tensors are laid out: shapes, strides, types and devices.
 
     Args:
-        kernel: The `triton.jit` function; its arguments are tensors, then numbers that do not depend on how the op's
-            tensors are laid out, all `do_not_specialize`, then such that do.
+        kernel: The `triton.jit` function. Its arguments are the op's inputs, the op's outputs, numbers that do not
+            depend on how the inputs are laid out (`do_not_specialize`), and then all else.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._known: dict[Hashable, Launch] = {}
+        self._known: dict[Hashable, _Launch] = {}
 
-    def find(self, *inputs: Tensor | None) -> tuple[Launch, list[int]] | None:
-        """The launch for an op's tensors, if there was one for such, and their addresses (0 for none).
+    def again(self, inputs: tuple[Tensor | None, ...], *free: float) -> list[Any] | None:
+        """Launch the kernel as it was for inputs laid out like these, which were checked then and need not be again.
 
-        They were checked, then, and need not be again. None as well where somebody would miss the op.
+        Args:
+            inputs: The op's; they may be anything that the op was or was not called with before.
+            free: The numbers that do not depend on how the inputs are laid out.
+
+        Returns:
+            The outputs, new tensors; None where the op has to go its usual way.
         """
-        if _is_watched() or not self._known:
+        # Whoever traces or looks on must see the op: that is PyTorch's part.
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not self._known or compiles_only():
             return None
         launch = self._known.get(_layout(inputs))
         if launch is None:
             return None
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
-        return (launch, addresses) if reduce(or_, addresses) % ALIGNMENT == 0 else None
+        if reduce(or_, addresses) % ALIGNMENT:
+            return None
+        run, function, metadata, device, grid, layouts, rest = launch
+        outputs: list[Any] = [None if layout is None else _new(*layout) for layout in layouts]
+        if outputs[0].get_device() != device:
+            return None
+        addresses += [0 if x is None else x.data_ptr() for x in outputs]
+        stream = driver.active.get_current_stream(device)
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *rest)
+        return outputs
 
     def first(
         self,
         inputs: tuple[Tensor | None, ...],
-        grid: tuple[int, int, int],
-        tensors: tuple[Tensor, ...],
+        as_read: tuple[Tensor | None, ...],
+        outputs: tuple[Tensor | None, ...],
         free: tuple[float, ...],
         rest: tuple[Hashable, ...],
+        grid: tuple[int, int, int],
         num_warps: int,
         **options: bool,
     ) -> None:
         """Launch the kernel on the current stream; keep the launch, unless an input had to be copied for it.
 
         Args:
-            inputs: The op's tensors.
+            inputs: The op's; None for each that it is called without.
+            as_read: What the kernel reads: inputs, views or copies of them.
+            outputs: New contiguous tensors, the first of them there in any case.
+            free: The numbers that do not depend on how the inputs are laid out.
+            rest: What else the kernel takes.
             grid: Programs along each axis, at least 1.
-            tensors: The kernel's: the inputs, views or copies of them, something in place of None; then the outputs.
-            free: The numbers that do not depend on how the op's tensors are laid out.
-            rest: The other numbers, and the constants.
             num_warps: Warps of a program.
             options: Further options of the launch.
         """
-        kernel = self._kernel[grid](*tensors, *free, *rest, num_warps=num_warps, **options)
+        kernel = self._kernel[grid](*as_read, *outputs, *free, *rest, num_warps=num_warps, **options)
         if kernel is None or kernel.function is None:
             return  # in the interpreter, or where Triton was made to compile only
-        copied = any(x is not None and x.data_ptr() != t.data_ptr() for x, t in zip(inputs, tensors, strict=False))
-        if not copied and all(x is None or _is_plain(x) for x in inputs):
-            if len(self._known) == _MOST_LAYOUTS:
-                self._known.clear()
-            self._known[_layout(inputs)] = Launch(kernel, driver.active.get_current_device(), grid, rest)
+        device = driver.active.get_current_device()
+        for x, read in zip(inputs, as_read, strict=True):
+            if x is not None and read is not None and not (_is_plain(x, device) and x.data_ptr() == read.data_ptr()):
+                return
+        layouts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in outputs]
+        if len(self._known) == _MOST_LAYOUTS:
+            self._known.clear()
+        self._known[_layout(inputs)] = _Launch(
+            kernel.run, kernel.function, kernel.packed_metadata, device, grid, layouts, rest
+        )
 
 
-def _is_watched() -> bool:
-    """Whether a kernel must not be launched past PyTorch: in a trace, a mode that sees ops, or to compile ahead."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or compiles_only()
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether it is a tensor like any other: no subclass, which may want more than the result, no gradient, aligned."""
+def _is_plain(x: Tensor, device: int) -> bool:
+    """Whether it is aligned, on this device, without a gradient, and of no subclass, whose outputs might be others."""
     gradient = x.requires_grad and torch.is_grad_enabled()
-    return type(x) in (Tensor, Parameter) and not gradient and x.data_ptr() % ALIGNMENT == 0
+    on_device = x.get_device() == device and x.data_ptr() % ALIGNMENT == 0
+    return on_device and not gradient and type(x) in (Tensor, Parameter)
 
 
 def _layout(inputs: tuple[Tensor | None, ...]) -> Hashable:
     """What the launch for such inputs depends on."""
-    grad = torch.is_grad_enabled()
-    tensors = [
-        None if x is None else (type(x), x.dtype, x.shape, x.stride(), x.get_device(), grad and x.requires_grad)
-        for x in inputs
-    ]
-    return driver.active.get_current_device(), *tensors
+    gradients = torch.is_grad_enabled()
+    return tuple(
+        [
+            None
+            if x is None
+            else (type(x), x.dtype, x.shape, x.stride(), x.get_device(), gradients and x.requires_grad)
+            for x in inputs
+        ]
+    )

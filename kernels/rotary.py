@@ -138,23 +138,7 @@ def _by_token(x: Tensor) -> tuple[Tensor, int, int]:
     return x, strides[0], strides[1]
 
 
-def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    again = _launch_again(q, k, cos, sin, position_ids)
-    return _launch_first(q, k, cos, sin, position_ids) if again is None else again
-
-
-def _launch_again(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    found = _launches.find(q, k, cos, sin, position_ids)
-    if found is None:
-        return None
-    launch, addresses = found
-    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
-    launch(*addresses, q_out.data_ptr(), k_out.data_ptr())
-    return q_out, k_out
-
-
-def _launch_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     q_rows, q_stride_token, q_stride_head = _by_token(q)
@@ -168,16 +152,23 @@ def _launch_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: 
     half = head_dim // 2
     _launches.first(
         (q, k, cos, sin, position_ids),
-        (num_tokens, q_programs + -(-num_kv_heads // block_heads), 1),
-        (q_rows, k_rows, cos, sin, position_ids.contiguous(), q_out, k_out),
+        (q_rows, k_rows, cos, sin, position_ids.contiguous()),
+        (q_out, k_out),
         (),
         (
             *(num_heads, num_kv_heads, q_programs),
             *(q_stride_token, q_stride_head, k_stride_token, k_stride_head, cos.stride(0), sin.stride(0)),
             *(half, block_heads, next_power_of_2(half)),
         ),
+        grid=(num_tokens, q_programs + -(-num_kv_heads // block_heads), 1),
         num_warps=2,
     )
+    return q_out, k_out
+
+
+def _launch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    inputs = q, k, cos, sin, position_ids
+    q_out, k_out = _launches.again(inputs) or _launch(*inputs)
     return q_out, k_out
 
 
@@ -201,9 +192,9 @@ def apply_rotary_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
     Returns:
         (q, k) rotated: new contiguous tensors of the shapes and dtypes given.
     """
-    again = _launch_again(q, k, cos, sin, position_ids)
-    if again is not None:
-        return again
+    outputs = _launches.again((q, k, cos, sin, position_ids))
+    if outputs is not None:
+        return outputs[0], outputs[1]
     check_floating("q", q)
     check_same("k", k, "q", q)
     shape, k_shape, table_shape = q.shape, k.shape, cos.shape

@@ -9,6 +9,8 @@ from tests.kernels.stub_driver import PREAMBLE, run_without_gpu
 LISTEN = (
     PREAMBLE
     + """
+from mini_infer.kernels import relaunch
+
 calls, asked = [], []
 Launcher.__call__ = lambda self, *args: calls.append((self, args))
 
@@ -17,6 +19,8 @@ def ask(self, *args, **kwargs):
     return run(self, *args, **kwargs)
 
 JITFunction.run = ask
+Driver.get_current_device = lambda self: -1  # the CPU's
+relaunch._new = torch._C._dynamo.guards._empty_strided_cpu
 
 def handed_over():
     launcher, args = calls[-1]
@@ -29,90 +33,109 @@ LAUNCHES = (
     LISTEN
     + """
 from torch.utils._python_dispatch import TorchDispatchMode
-from mini_infer.kernels import relaunch
 from mini_infer.kernels.compile_ahead import compile_ahead
 
 @triton.jit(do_not_specialize=["value"])
-def fill(x_ptr, y_ptr, value, count, stride, SIZE: tl.constexpr):
+def add(x_ptr, y_ptr, out_ptr, copy_ptr, value, count, stride, SIZE: tl.constexpr):
     places = tl.arange(0, SIZE)
-    tl.store(x_ptr + places * stride, value, mask=places < count)
-    tl.store(y_ptr + places * stride, value, mask=places < count)
+    total = tl.load(x_ptr + places * stride, mask=places < count) + value
+    if y_ptr is not None:
+        total += tl.load(y_ptr + places * stride, mask=places < count)
+        tl.store(copy_ptr + places, total, mask=places < count)
+    tl.store(out_ptr + places, total, mask=places < count)
 
-launches = relaunch.Launches(fill)
-x, y = torch.zeros(64), torch.zeros(64)
+launches = relaunch.Launches(add)
+REST, GRID = (48, 1, 16), (3, 2, 1)
 
-def first(inputs, tensors=None, rest=(48, 1, 16), num_warps=4):
-    launches.first(inputs, (3, 2, 1), inputs if tensors is None else tensors, (0.5,), rest, num_warps=num_warps)
+def first(x, y, as_read=None, rest=REST, num_warps=4):
+    outputs = torch.empty_like(x), None if y is None else torch.empty_like(x)
+    launches.first((x, y), as_read or (x, y), outputs, (0.5,), rest, grid=GRID, num_warps=num_warps)
 
-def check(a, b, value=0.5, rest=(48, 1, 16), num_warps=4):
-    launch, addresses = launches.find(a, b)
-    assert addresses == [a.data_ptr(), b.data_ptr()]
+def check(x, y, value=0.5, rest=REST, num_warps=4):
+    # Launched again without Triton, with what Triton hands over.
     asked.clear()
-    launch(*addresses, value)
-    assert not asked, "Triton was not needed"
-    ours = handed_over()
-    fill[3, 2, 1](a, b, value, *rest, num_warps=num_warps)
-    assert ours == handed_over()
+    out, copy = launches.again((x, y), value)
+    assert not asked
+    launcher, passed = handed_over()
+    assert (copy is None) == (y is None)
+    for output in (out, copy):
+        assert output is None or (output.shape, output.dtype) == (x.shape, x.dtype) and output.is_contiguous()
+    add[GRID](x, y, out, copy, value, *rest, num_warps=num_warps)
+    expected_launcher, expected = handed_over()
+    assert launcher is expected_launcher
+    assert passed == [0 if place is None else place for place in expected]
 
-assert launches.find(x, y) is None
-first((x, y))
+def unknown(x, y):
+    calls.clear()
+    return launches.again((x, y), 0.5) is None and not calls
+
+x, y = torch.zeros(64), torch.zeros(64)
+assert unknown(x, y)
+first(x, y)
 check(x, y)
-check(y, x, value=2.0)  # neither where tensors are nor the other numbers matter
+check(y, x, value=2.0)  # neither where tensors are nor what does not depend on them matters
+assert unknown(x, None)
+first(x, None)
+check(x, None)
+check(x, y)
 
-others = [
-    (x.half(), y), (x, y.half()), (x[:32], y), (x, torch.zeros(128)[::2]), (x[None], y), (x.view(8, 8), y)
-]
-for a, b in others:
-    assert launches.find(a, b) is None, (a.shape, b.shape)
-first((x.half(), y), rest=(32, 2, 32), num_warps=8)
+columns = torch.zeros(64, 2)[:, 0]
+for a, b in [(x.half(), y), (x, y.half()), (x[:32], y), (x, columns), (x[None], y), (x.view(8, 8), y)]:
+    assert unknown(a, b), (a.shape, b.shape)
+first(x.half(), y, rest=(32, 2, 32), num_warps=8)
 check(x.half(), y, rest=(32, 2, 32), num_warps=8)
 check(x, y)
-parameter = torch.nn.Parameter(x)
-with torch.no_grad():
-    first((parameter, y))
-    check(parameter, y)
+parameter = torch.nn.Parameter(x, requires_grad=False)
+first(parameter, y)
+check(parameter, y)
 
-# What is not aligned, copied or somebody's own kind is not kept, and not found.
-odd = torch.zeros(65)[1:]
-assert launches.find(odd, y) is None
-first((torch.zeros(13)[1:], y))
-assert launches.find(torch.zeros(12), y) is None
-first((torch.zeros(3, 4), y), (torch.zeros(3, 4), y))
-assert launches.find(torch.zeros(3, 4), y) is None
+# What is not aligned, was copied or is of a kind of its own is not kept, and not found.
+assert unknown(torch.zeros(65)[1:], y)
+first(torch.zeros(13)[1:], y)
+assert unknown(torch.zeros(12), y)
+small = torch.zeros(3, 4)
+first(small, y, as_read=(small.clone(), y))
+assert unknown(small, y)
 
 class Own(torch.Tensor):
     pass
 
 own = torch.zeros(64).as_subclass(Own)
-first((own, y))
-assert launches.find(own, y) is None
+first(own, y)
+assert unknown(own, y)
 
-# Nor while somebody would miss the op.
+# Nor where somebody would miss the op.
 wanted = torch.zeros(64, requires_grad=True)
-first((wanted, y))
-assert launches.find(wanted, y) is None
+first(wanted, y)
+assert unknown(wanted, y)
 with torch.no_grad():
     check(wanted, y)
 
-class See(TorchDispatchMode):
+class LookOn(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
-with See():
-    assert launches.find(x, y) is None
-calls.clear()
+with LookOn():
+    assert unknown(x, y)
+Driver.get_current_device = lambda self: 0
+count = len(launches._known)
+first(torch.zeros(80), y, rest=(48, 1, 128))
+assert len(launches._known) == count, "kept for tensors that are on another device than the current one"
+Driver.get_current_device = lambda self: -1
 JITFunction.run = run
+calls.clear()
 with compile_ahead():
-    assert launches.find(x, y) is None
-    first((torch.zeros(96), y), rest=(48, 1, 64))
+    assert unknown(x, y)
+    first(torch.zeros(96), y, rest=(48, 1, 64))
 assert not calls, "launched where kernels are only compiled"
-assert launches.find(torch.zeros(96), y) is None
+assert unknown(torch.zeros(96), y)
 JITFunction.run = ask
 check(x, y)
 
 relaunch._MOST_LAYOUTS = len(launches._known)
-first((torch.zeros(96), y))
-assert launches.find(x, y) is None and launches.find(torch.zeros(96), y) is not None
+first(torch.zeros(96), y)
+assert unknown(x, y)
+check(torch.zeros(96), y)
 """
 )
 
@@ -132,43 +155,41 @@ def check(op, first, inputs, more=()):
     assert not asked
     again, passed = handed_over()
     assert again is launcher
-    outputs = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-    begin, middle = 6, 6 + len(inputs)
-    end = middle + len(outputs)
-    assert passed[:begin] == expected[:begin]
-    assert passed[begin:middle] == [0 if x is None else x.data_ptr() for x in inputs]
-    assert all(a == b for a, b in zip(passed[begin:middle], expected[begin:middle]) if a != 0)
-    assert passed[middle:end] == [x.data_ptr() for x in outputs]
-    assert passed[end:] == expected[end:]
-    for x, like in zip(outputs, inputs):
-        like = inputs[0] if like is None or op is not apply_rotary_emb else like
-        assert x.shape == like.shape and x.dtype == like.dtype and x.is_contiguous()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs, None)
+    addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *outputs)]
+    begin, end = 6, 6 + len(addresses)
+    assert passed[begin:end] == addresses
+    assert expected[begin : begin + len(inputs)] == [place or None for place in addresses[: len(inputs)]]
+    assert passed[:begin] == expected[:begin] and passed[end:] == expected[end:]
+    for output, x in zip(outputs, inputs):
+        like = x if op is apply_rotary_emb else inputs[0]
+        assert output is None or (output.shape, output.dtype) == (like.shape, like.dtype) and output.is_contiguous()
 
 weight, wide = torch.randn(64), torch.randn(6, 256)
 for x in (wide[:, :64], wide[:3, :64], wide[:3, 64:128].contiguous(), wide[:, :192].view(6, 3, 64), wide[:1, 128:192]):
     residual = torch.randn(x.shape)
     for _ in range(2):
-        check(lambda x, weight, eps: rmsnorm(x, weight, eps), norm._launch_first, (x, None, weight), (1e-6,))
-        check(lambda x, eps: rmsnorm(x, None, eps), norm._launch_first, (x, None, None), (1e-5,))
-        check(add_rmsnorm, norm._launch_first, (x, residual, weight), (0.0,))
-        check(add_rmsnorm, norm._launch_first, (x, x, weight), (0.0,))
+        check(lambda x, weight, eps: rmsnorm(x, weight, eps), norm._launch, (x, None, weight), (1e-6,))
+        check(lambda x, eps: rmsnorm(x, None, eps), norm._launch, (x, None, None), (1e-5,))
+        check(add_rmsnorm, norm._launch, (x, residual, weight), (0.0,))
+        check(add_rmsnorm, norm._launch, (x, x, weight), (0.0,))
 square = torch.randn(64, 64)
-norm._launch_first(square, square.T, weight, 1e-6)
-assert norm._launches.find(square, square.T, weight) is None
-norm._launch_first(square, None, square[:, 0], 1e-6)
-assert norm._launches.find(square, None, square[:, 0]) is None
+norm._launch(square, square.T, weight, 1e-6)
+assert norm._launches.again((square, square.T, weight), 1e-6) is None
+norm._launch(square, None, square[:, 0], 1e-6)
+assert norm._launches.again((square, None, square[:, 0]), 1e-6) is None
 
 cos, sin = torch.randn(20, 32), torch.randn(20, 32)
 for leading in ((5,), (1,), (2, 3)):
     q, k = torch.randn(*leading, 3, 64), torch.randn(*leading, 1, 64)
     positions = torch.zeros(leading, dtype=torch.int64)
     for _ in range(2):
-        check(apply_rotary_emb, rotary._launch_first, (q, k, cos, sin, positions))
-        check(apply_rotary_emb, rotary._launch_first, (q, k, cos, sin, positions.int()))
-        check(apply_rotary_emb, rotary._launch_first, (q[..., :2, :], k, cos, sin, positions))
+        check(apply_rotary_emb, rotary._launch, (q, k, cos, sin, positions))
+        check(apply_rotary_emb, rotary._launch, (q, k, cos, sin, positions.int()))
+        check(apply_rotary_emb, rotary._launch, (q[..., :2, :], k, cos, sin, positions))
 apart = q.transpose(0, 1), k.transpose(0, 1), cos, sin, positions.T
-rotary._launch_first(*apart)
-assert rotary._launches.find(*apart) is None
+rotary._launch(*apart)
+assert rotary._launches.again(apart) is None
 """
 )
 
