@@ -34,6 +34,7 @@ class _Launch(NamedTuple):
     function: Any
     metadata: Any
     device: int
+    stream: Callable[[int], int]
     grid: tuple[int, int, int]
     outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None]
     rest: tuple[Hashable, ...]
@@ -61,8 +62,10 @@ class Launches:
         Returns:
             The outputs, new tensors; None where the op has to go its usual way.
         """
-        # Whoever traces or looks on must see the op: that is PyTorch's part.
+        # Whoever traces, looks on or wants a gradient must see the op: that is the dispatcher's part.
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not self._known or compiles_only():
+            return None
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return None
         launch = self._known.get(_layout(inputs))
         if launch is None:
@@ -70,13 +73,12 @@ class Launches:
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
         if reduce(or_, addresses) % ALIGNMENT:
             return None
-        run, function, metadata, device, grid, layouts, rest = launch
+        run, function, metadata, device, stream, grid, layouts, rest = launch
         outputs: list[Any] = [None if layout is None else _new(*layout) for layout in layouts]
         if outputs[0].get_device() != device:
             return None
         addresses += [0 if x is None else x.data_ptr() for x in outputs]
-        stream = driver.active.get_current_stream(device)
-        run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *rest)
+        run(*grid, stream(device), function, metadata, None, None, None, *addresses, *free, *rest)
         return outputs
 
     def first(
@@ -112,26 +114,17 @@ class Launches:
         layouts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in outputs]
         if len(self._known) == _MOST_LAYOUTS:
             self._known.clear()
+        stream = driver.active.get_current_stream
         self._known[_layout(inputs)] = _Launch(
-            kernel.run, kernel.function, kernel.packed_metadata, device, grid, layouts, rest
+            kernel.run, kernel.function, kernel.packed_metadata, device, stream, grid, layouts, rest
         )
 
 
 def _is_plain(x: Tensor, device: int) -> bool:
-    """Whether it is aligned, on this device, without a gradient, and of no subclass, whose outputs might be others."""
-    gradient = x.requires_grad and torch.is_grad_enabled()
-    on_device = x.get_device() == device and x.data_ptr() % ALIGNMENT == 0
-    return on_device and not gradient and type(x) in (Tensor, Parameter)
+    """Whether it is aligned, on this device, and of no subclass, whose outputs might be others."""
+    return type(x) in (Tensor, Parameter) and x.get_device() == device and x.data_ptr() % ALIGNMENT == 0
 
 
 def _layout(inputs: tuple[Tensor | None, ...]) -> Hashable:
     """What the launch for such inputs depends on."""
-    gradients = torch.is_grad_enabled()
-    return tuple(
-        [
-            None
-            if x is None
-            else (type(x), x.dtype, x.shape, x.stride(), x.get_device(), gradients and x.requires_grad)
-            for x in inputs
-        ]
-    )
+    return tuple([x if x is None else (type(x), x.dtype, x.shape, x.stride(), x.get_device()) for x in inputs])

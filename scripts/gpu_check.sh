@@ -10,7 +10,7 @@
 #                                    and racecheck (it must be on the PATH: pip install nvidia-cuda-sanitizer-api, 13.5
 #                                    or later; that of CUDA 13.0 takes more of what warps tell each other for hazards)
 #
-# Other arguments go to pytest; with --sanitize they choose among the tests.
+# Other arguments go to pytest; after --sanitize they take the place of those tests' files.
 set -uo pipefail
 
 mode=all
@@ -36,15 +36,17 @@ if [ "$mode" = sanitize ]; then
     # Only our kernels are looked at, not PyTorch's, which check them: those would take most of the time. Every tensor is
     # an allocation of its own, so that what reaches past one is seen; that rules out captured graphs.
     select=(-m gpu -k "not captured and not replay and not chain and not large and not opcheck and not torch.float32")
-    files=(tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,skinny_linear,linear_hopper,penalties}.py)
-    python3 -m pytest "${workers[@]}" "${select[@]}" "${files[@]}" "$@" || exit 1 # this compiles them
-    mapfile -t tests < <(python3 -m pytest --collect-only "${select[@]}" "${files[@]}" "$@" | grep ::)
+    if [ $# -eq 0 ]; then
+        set -- tests/kernels/test_{attention_decode,attention_prefill,attention_prefill_hopper,skinny_linear,linear_hopper,penalties}.py
+    fi
+    python3 -m pytest "${workers[@]}" "${select[@]}" "$@" || exit 1 # this compiles them
+    mapfile -t tests < <(python3 -m pytest --collect-only "${select[@]}" "$@" | grep ::)
     if [ ${#tests[@]} -eq 0 ]; then
         echo "gpu_check.sh: no tests to run under the sanitizer"
         exit 1
     fi
     parts=$((($(nproc) + 1) / 2))
-    parts=$((parts < 8 ? parts : 8)) # each process has a context of its own on the GPU
+    parts=$((parts < 8 ? parts : 8)) # of 15 processes at once seven were ended, for want of memory it seems
     parts=$((parts < ${#tests[@]} ? parts : ${#tests[@]}))
     logs=$(mktemp -d)
     # Triton tells warps what to do (warp_specialize) through bytes that are written before a barrier of all threads and
@@ -79,12 +81,12 @@ if [ "$mode" = sanitize ]; then
     }
     echo "${#tests[@]} tests under each tool, in $parts processes"
     {
-        for ((part = 0; part < parts; part++)); do
-            for tool in memcheck racecheck; do
+        for tool in memcheck racecheck; do
+            for ((part = 0; part < parts; part++)); do
                 check "$tool" "$part" &
             done
+            wait
         done
-        wait
     } | tee "$logs/results"
     echo "what the tool and the tests said is in $logs"
     ! grep -qv "^exit 0" "$logs/results"

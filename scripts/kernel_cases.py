@@ -67,8 +67,12 @@ def plain_rmsnorm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
-def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE; cos and sin [tokens, 1, head_dim] in the type of q."""
+def plain_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RoPE; cos and sin in the type of q, [tokens, 1, head_dim], or by positions [max_positions, 1, head_dim]."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
 
     def rotated(x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, -1)
@@ -119,22 +123,25 @@ def rope_cases() -> Iterator[Case]:
         yield from rope_case(tokens, heads)
 
 
-def rope_case(tokens: int, heads: int) -> tuple[Case, Case, Case]:
-    """All three at one shape."""
+def rope_case(tokens: int, heads: int) -> tuple[Case, Case, Case, Case]:
+    """All at one shape; RoPE against the formula with and without the look-up of the tokens' cos and sin."""
     qkv = randn(tokens, (heads + 2 * KV_HEADS) * HEAD_DIM)
     parts = qkv.split([n * HEAD_DIM for n in (heads, KV_HEADS, KV_HEADS)], -1)
     q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)) for part in parts)
     cos, sin = torch.rand(2, 8192, HEAD_DIM // 2, device="cuda")
     positions = torch.arange(tokens, device="cuda")
-    wide_cos, wide_sin = (torch.cat((table, table), -1)[positions, None].bfloat16() for table in (cos, sin))
+    all_cos, all_sin = (torch.cat((table, table), -1)[:, None].bfloat16() for table in (cos, sin))
+    wide_cos, wide_sin = all_cos[positions], all_sin[positions]
     pool = randn(2, tokens // BLOCK_SIZE + 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     slots, norm = positions + BLOCK_SIZE, randn(HEAD_DIM)
-    rope = Case(
-        "rope",
-        f"{tokens} x ({heads} + {KV_HEADS}) x {HEAD_DIM}",
-        lambda _: apply_rotary_emb(q, k, cos, sin, positions),
-        lambda _: plain_rope(q, k, wide_cos, wide_sin),
-        2 * size(q, k),
+    shape = f"{tokens} x ({heads} + {KV_HEADS}) x {HEAD_DIM}"
+
+    def rotate(_: int) -> tuple[Tensor, Tensor]:
+        return apply_rotary_emb(q, k, cos, sin, positions)
+
+    rope = Case("rope", shape, rotate, lambda _: plain_rope(q, k, all_cos, all_sin, positions), 2 * size(q, k))
+    looked_up = Case(
+        "rope, looked up before", shape, rotate, lambda _: plain_rope(q, k, wide_cos, wide_sin), rope.bytes
     )
     store = Case(
         "store_kv",
@@ -150,7 +157,7 @@ def rope_case(tokens: int, heads: int) -> tuple[Case, Case, Case]:
         lambda _: plain_prepare(q, k, v, norm, wide_cos, wide_sin, pool, slots),
         2 * size(qkv),
     )
-    return rope, store, all_three
+    return rope, looked_up, store, all_three
 
 
 def plain_store(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
