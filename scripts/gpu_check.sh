@@ -45,48 +45,29 @@ if [ "$mode" = sanitize ]; then
         echo "gpu_check.sh: no tests to run under the sanitizer"
         exit 1
     fi
-    parts=$((($(nproc) + 1) / 2))
-    parts=$((parts < 8 ? parts : 8)) # of 15 processes at once seven were ended, for want of memory it seems
-    parts=$((parts < ${#tests[@]} ? parts : ${#tests[@]}))
+    # racecheck follows the kernels with threads of its own: eight processes at once took more than 128 GiB of memory, and
+    # of fifteen most reported the words by which Triton sets warps to work, though a barrier keeps those apart.
+    at_once=4
+    parts=$(((${#tests[@]} + 9) / 10))
     logs=$(mktemp -d)
-    # Triton tells warps what to do (warp_specialize) through bytes that are written before a barrier of all threads and
-    # read after it. racecheck takes that for hazards, at the lines of the kernel's name and of the call, where nothing
-    # of our own reads or writes.
-    mapfile -t specialized < <(grep -l gl.warp_specialize kernels/*.py)
-    dispatch=$(grep -nHE '^def _[a-z_]+_kernel\(|gl\.warp_specialize\(' "${specialized[@]}" |
-        sed -E 's|.*/([^:]+:[0-9]+):.*|\1|' | tr '\n' ' ')
-    only_dispatch() { # whether a log reports nothing else: all of its errors are reports of such places alone
-        awk -v dispatch="$dispatch" '
-            BEGIN { split(dispatch, places, " "); for (i in places) known[places[i]] }
-            /Race reported/ { ours += benign; benign = 1 }
-            /Race reported| and (Read|Write) access/ {
-                found = match($0, / in [^ ]+:[0-9]+/)
-                if (!found || !(substr($0, RSTART + 4, RLENGTH - 4) in known)) benign = 0
-            }
-            match($0, /\([0-9]+ errors?, 0 warnings\)/) { errors = substr($0, RSTART + 1) + 0 }
-            END { exit !(errors > 0 && errors == ours + benign) }' "$1"
-    }
     check() { # tool, which part of the tests
         local log=$logs/$1-$2 mine=() index passed status
         for ((index = $2; index < ${#tests[@]}; index += parts)); do mine+=("${tests[index]}"); done
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name 'regex=^_[a-z_]+_kernel$' \
-            --print-limit 0 --error-exitcode 9 --log-file "$log" \
-            python3 -m pytest -p no:xdist -m gpu -rA "${mine[@]}" >"$log.txt" 2>&1
+            --error-exitcode 9 --log-file "$log" python3 -m pytest -p no:xdist -m gpu -rA "${mine[@]}" >"$log.txt" 2>&1
         status=$?
         passed=$(grep -c ^PASSED "$log.txt")
-        if [ "$status" = 9 ] && [ "$1" = racecheck ] && [ "$passed" = ${#mine[@]} ] && only_dispatch "$log"; then
-            status="0 but for how warps are set to work"
-        fi
         echo "exit $status: $1, $passed of ${#mine[@]} tests passed, $(grep SUMMARY "$log")"
     }
-    echo "${#tests[@]} tests under each tool, in $parts processes"
+    echo "${#tests[@]} tests under each tool, in $parts processes, $at_once at once"
     {
         for tool in memcheck racecheck; do
             for ((part = 0; part < parts; part++)); do
+                if [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; then wait -n; fi
                 check "$tool" "$part" &
             done
-            wait
         done
+        wait
     } | tee "$logs/results"
     echo "what the tool and the tests said is in $logs"
     ! grep -qv "^exit 0" "$logs/results"
