@@ -13,7 +13,10 @@ from operator import or_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _any_requires_grad, _len_torch_dispatch_stack
+from torch._C._functorch import maybe_current_level
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from triton.runtime import driver
 
@@ -62,10 +65,12 @@ class Launches:
         Returns:
             The outputs, new tensors; None where the op has to go its usual way.
         """
-        # Whoever traces, looks on or wants a gradient must see the op: that is the dispatcher's part.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not self._known or compiles_only():
+        if is_compiling() or not self._known or compiles_only():
             return None
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        # Modes that look on at ops, transforms such as vmap and gradients are the dispatcher's part.
+        if _len_torch_dispatch_stack() or maybe_current_level() is not None:
+            return None
+        if is_grad_enabled() and _any_requires_grad(*inputs):
             return None
         launch = self._known.get(_layout(inputs))
         if launch is None:

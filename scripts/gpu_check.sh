@@ -45,8 +45,8 @@ if [ "$mode" = sanitize ]; then
         echo "gpu_check.sh: no tests to run under the sanitizer"
         exit 1
     fi
-    # racecheck follows the kernels with threads of its own: eight processes at once took more than 128 GiB of memory, and
-    # of fifteen most reported the words by which Triton sets warps to work, though a barrier keeps those apart.
+    # racecheck follows the kernels with threads of its own, late: four processes at once took 67 GiB of memory, eight more
+    # than 128 GiB.
     at_once=4
     parts=$(((${#tests[@]} + 9) / 10))
     logs=$(mktemp -d)

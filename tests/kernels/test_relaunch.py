@@ -117,6 +117,19 @@ class LookOn(TorchDispatchMode):
 
 with LookOn():
     assert unknown(x, y)
+
+def transformed(a):
+    assert unknown(a, y)
+    return a
+
+@torch.compile(fullgraph=True, backend="eager")
+def traced(a):
+    return a + 1 if launches.again((a, y), 0.5) is None else a
+
+calls.clear()
+assert traced(x)[0] == 1 and not calls
+torch.vmap(transformed)(torch.zeros(2, 64))
+torch.func.functionalize(transformed)(x)
 Driver.get_current_device = lambda self: 0
 count = len(launches._known)
 first(torch.zeros(80), y, rest=(48, 1, 128))

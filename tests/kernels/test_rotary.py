@@ -50,6 +50,15 @@ def test_fused_qkv_views(backend, assert_close):
     assert torch.equal(qkv, before)
 
 
+def test_strided_positions(backend, assert_close):
+    q, k = torch.randn(3, 2, 64, device=backend.device), torch.randn(3, 1, 64, device=backend.device)
+    cos, sin = tables(50, 32, backend.device)
+    positions = torch.tensor([[7, 1], [49, 2], [0, 3]], device=backend.device)[:, 0]
+    q_out, k_out = backend.pick(apply_rotary_emb, _launch_rotary)(q, k, cos, sin, positions)
+    assert_close("q", q_out, expected_rotation(q, cos, sin, positions))
+    assert_close("k", k_out, expected_rotation(k, cos, sin, positions))
+
+
 def test_one_call_after_another(backend, assert_close):
     """Kernels are launched again without being looked for; what is passed differs in all ways that matter."""
     run = backend.pick(apply_rotary_emb, _launch_rotary)
