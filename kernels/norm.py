@@ -10,8 +10,6 @@ multiplication. Rows are independent, each reduced in one fixed order; padded ro
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -128,13 +126,14 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
 
 
 def _launch_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    outputs = _launches.again((x, None, weight), eps)
-    return _launch(x, None, weight, eps)[0] if outputs is None else outputs[0]
+    out, _ = _launches.again((x, None, weight), eps) or _launch(x, None, weight, eps)
+    return out
 
 
 def _launch_add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    outputs: Any = _launches.again((x, residual, weight), eps) or _launch(x, residual, weight, eps)
-    return outputs[0], outputs[1]
+    normed, new_residual = _launches.again((x, residual, weight), eps) or _launch(x, residual, weight, eps)
+    assert new_residual is not None
+    return normed, new_residual
 
 
 def _rmsnorm_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

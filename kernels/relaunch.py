@@ -4,7 +4,10 @@ Checking the arguments of an op, PyTorch's way to it, and Triton's search for th
 arguments take several times as long as handing a small kernel to the driver. In a captured graph all of that costs
 nothing; for a call from Python it is most of the time. What comes of it depends on how the tensors are laid out, not on
 where they are or what they hold: so an op keeps its launches by that, and from the second call on only the addresses
-are new. Triton's launch hooks are not called then.
+are new. Profilers see the kernel then, not the op, and Triton's launch hooks are not called.
+
+An op asks for its launch twice: in the public function, past PyTorch's dispatcher, and in what the dispatcher calls,
+for compiled code.
 """
 
 from collections.abc import Callable, Hashable
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _any_requires_grad, _len_torch_dispatch_stack
+from torch._C import _any_requires_grad, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import maybe_current_level
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -24,7 +27,7 @@ from mini_infer.kernels.common import ALIGNMENT
 from mini_infer.kernels.compile_ahead import compiles_only
 
 _MOST_LAYOUTS = 4096
-"""A layout takes about 1 KiB, and there is one for every number of tokens: beyond this many they are found anew."""
+"""A layout takes 1 to 2 KiB, and there is one for every number of tokens: beyond this many they are found anew."""
 
 _new: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 """A tensor on the current device, by sizes, strides and type, past the dispatcher, as torch.compile's code makes it."""
@@ -59,7 +62,7 @@ class Launches:
         """Launch the kernel as it was for inputs laid out like these, which were checked then and need not be again.
 
         Args:
-            inputs: The op's; they may be anything that the op was or was not called with before.
+            inputs: The op's, strided tensors of any layout.
             free: The numbers that do not depend on how the inputs are laid out.
 
         Returns:
@@ -68,7 +71,7 @@ class Launches:
         if is_compiling() or not self._known or compiles_only():
             return None
         # Modes that look on at ops, transforms such as vmap and gradients are the dispatcher's part.
-        if _len_torch_dispatch_stack() or maybe_current_level() is not None:
+        if _len_torch_dispatch_stack() or _len_torch_function_stack() or maybe_current_level() is not None:
             return None
         if is_grad_enabled() and _any_requires_grad(*inputs):
             return None
@@ -97,7 +100,7 @@ class Launches:
         num_warps: int,
         **options: bool,
     ) -> None:
-        """Launch the kernel on the current stream; keep the launch, unless an input had to be copied for it.
+        """Launch the kernel on the current stream; keep the launch if its inputs are plain and none had to be copied.
 
         Args:
             inputs: The op's; None for each that it is called without.
@@ -111,13 +114,13 @@ class Launches:
         """
         kernel = self._kernel[grid](*as_read, *outputs, *free, *rest, num_warps=num_warps, **options)
         if kernel is None or kernel.function is None:
-            return  # in the interpreter, or where Triton was made to compile only
+            return  # in the interpreter, or only compiled so far
         device = driver.active.get_current_device()
         for x, read in zip(inputs, as_read, strict=True):
             if x is not None and read is not None and not (_is_plain(x, device) and x.data_ptr() == read.data_ptr()):
                 return
         layouts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in outputs]
-        if len(self._known) == _MOST_LAYOUTS:
+        if len(self._known) >= _MOST_LAYOUTS:
             self._known.clear()
         stream = driver.active.get_current_stream
         self._known[_layout(inputs)] = _Launch(

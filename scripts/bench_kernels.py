@@ -94,8 +94,11 @@ def in_graph(call: Callable[[int], object]) -> float:
     return spent(graph.replay, REPLAYS) / CALLS
 
 
-def by_call(*calls: Callable[[int], object]) -> list[float]:
-    """Median microseconds of a call of each from Python, launches and all; in turns, since the host's pace varies."""
+def by_call(ours: Callable[[int], object], plain: Callable[[int], object]) -> tuple[float, float]:
+    """A call of ours from Python, launches and all: median microseconds, and the median of how many times plain's.
+
+    They take turns, and each turn gives a ratio, since the host's pace varies.
+    """
 
     def microseconds(call: Callable[[int], object], times: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -107,11 +110,12 @@ def by_call(*calls: Callable[[int], object]) -> list[float]:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / times
 
+    calls = ours, plain
     for call in calls:
         call(0)  # what is done once
     times = [max(int(CALLED_FOR_US / microseconds(call, CALLS)), 1) for call in calls]
     turns = [[microseconds(call, count) for call, count in zip(calls, times, strict=True)] for _ in range(TURNS)]
-    return [median(each) for each in zip(*turns, strict=True)]
+    return median(our_us for our_us, _ in turns), median(plain_us / our_us for our_us, plain_us in turns)
 
 
 def measure_ceilings() -> Ceilings:
@@ -128,7 +132,7 @@ def measure_ceilings() -> Ceilings:
 def measure(case: Case, ceilings: Ceilings, *, compiled: bool) -> Row:
     """Time one case."""
     graph_us = in_graph(case.ours)
-    eager_us, plain_eager_us = by_call(case.ours, case.plain)
+    eager_us, plain_eager = by_call(case.ours, case.plain)
     memory = max(ceilings.read, ceilings.copy)
     bound_by_memory = case.flops / ceilings.matmul <= case.bytes / memory
     work, ceiling, unit = (case.bytes, memory, "TB/s") if bound_by_memory else (case.flops, ceilings.matmul, "TFLOP/s")
@@ -143,7 +147,7 @@ def measure(case: Case, ceilings: Ceilings, *, compiled: bool) -> Row:
         unit=unit,
         ceiling=rate / ceiling,
         plain_graph=in_graph(plain) / graph_us,
-        plain_eager=plain_eager_us / eager_us,
+        plain_eager=plain_eager,
         compiled_graph=in_graph(torch.compile(plain, dynamic=False)) / graph_us if compiled else None,
         intensity=case.flops / case.bytes,
     )

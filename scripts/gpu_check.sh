@@ -45,9 +45,10 @@ if [ "$mode" = sanitize ]; then
         echo "gpu_check.sh: no tests to run under the sanitizer"
         exit 1
     fi
-    # racecheck follows the kernels with threads of its own, late: four processes at once took 67 GiB of memory, eight more
-    # than 128 GiB.
+    # racecheck keeps what kernels did in memory until its own threads have looked at it: four processes at once took
+    # 67 GiB, eight more than 128 GiB.
     at_once=4
+    started=0
     parts=$(((${#tests[@]} + 9) / 10))
     logs=$(mktemp -d)
     check() { # tool, which part of the tests
@@ -63,7 +64,7 @@ if [ "$mode" = sanitize ]; then
     {
         for tool in memcheck racecheck; do
             for ((part = 0; part < parts; part++)); do
-                if [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; then wait -n; fi
+                ((started++ < at_once)) || wait -n
                 check "$tool" "$part" &
             done
         done

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mini_infer.kernels import relaunch
 from mini_infer.kernels.common import INTERPRET
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -37,17 +38,18 @@ class Backend:
 
 @pytest.fixture(params=["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """Each backend in turn, with `torch.empty` poisoned so that an output left unwritten shows."""
+    """Each backend in turn, with new tensors poisoned so that an output left unwritten shows."""
     if request.param == "interpreter" and not INTERPRET:
         pytest.skip("Triton is compiled in this process")
     torch.manual_seed(0)
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new = torch.empty, torch.empty_like, relaunch._new
 
     def poison(out: torch.Tensor) -> torch.Tensor:
         return out.fill_(float("nan") if out.is_floating_point() else 123456789)
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+    monkeypatch.setattr(relaunch, "_new", lambda *args: poison(new(*args)))
     return Backend(request.param, torch.device("cuda" if request.param == "cuda" else "cpu"))
 
 

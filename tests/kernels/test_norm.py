@@ -87,6 +87,15 @@ def test_one_call_after_another(backend, assert_close):
 
 
 @pytest.mark.gpu
+def test_one_device_after_the_other(assert_close):
+    x, weight = torch.randn(4, 64), torch.rand(64)
+    for device in ("cuda", "cuda", "cpu", "cuda"):
+        out = rmsnorm(x.to(device), weight.to(device))
+        assert out.device.type == device
+        assert_close(device, out.cpu(), expected_rmsnorm(x, weight, 1e-6))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large(assert_close, dtype):
     x = torch.randn(1000, 8192, device="cuda").to(dtype)

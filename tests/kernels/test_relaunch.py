@@ -20,6 +20,8 @@ def ask(self, *args, **kwargs):
 
 JITFunction.run = ask
 Driver.get_current_device = lambda self: -1  # the CPU's
+current_stream = 7
+Driver.get_current_stream = lambda self, device=None: current_stream
 relaunch._new = torch._C._dynamo.guards._empty_strided_cpu
 
 def handed_over():
@@ -32,6 +34,8 @@ def handed_over():
 LAUNCHES = (
     LISTEN
     + """
+from types import SimpleNamespace
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from mini_infer.kernels.compile_ahead import compile_ahead
 
@@ -74,6 +78,8 @@ assert unknown(x, y)
 first(x, y)
 check(x, y)
 check(y, x, value=2.0)  # neither where tensors are nor what does not depend on them matters
+current_stream = 8
+check(x, y)
 assert unknown(x, None)
 first(x, None)
 check(x, None)
@@ -118,6 +124,12 @@ class LookOn(TorchDispatchMode):
 with LookOn():
     assert unknown(x, y)
 
+class LookOnFunctions(TorchFunctionMode):
+    pass
+
+with LookOnFunctions():
+    assert unknown(x, y)
+
 def transformed(a):
     assert unknown(a, y)
     return a
@@ -135,11 +147,15 @@ count = len(launches._known)
 first(torch.zeros(80), y, rest=(48, 1, 128))
 assert len(launches._known) == count, "kept for tensors that are on another device than the current one"
 Driver.get_current_device = lambda self: -1
+new, relaunch._new = relaunch._new, lambda *_: SimpleNamespace(get_device=lambda: 0)
+assert unknown(x, y), "another device is the current one now"
+relaunch._new = new
 JITFunction.run = run
 calls.clear()
-with compile_ahead():
-    assert unknown(x, y)
-    first(torch.zeros(96), y, rest=(48, 1, 64))
+for _ in range(2):  # compiled, then found compiled
+    with compile_ahead():
+        assert unknown(x, y)
+        first(torch.zeros(96), y, rest=(48, 1, 64))
 assert not calls, "launched where kernels are only compiled"
 assert unknown(torch.zeros(96), y)
 JITFunction.run = ask
@@ -200,9 +216,16 @@ for leading in ((5,), (1,), (2, 3)):
         check(apply_rotary_emb, rotary._launch, (q, k, cos, sin, positions))
         check(apply_rotary_emb, rotary._launch, (q, k, cos, sin, positions.int()))
         check(apply_rotary_emb, rotary._launch, (q[..., :2, :], k, cos, sin, positions))
-apart = q.transpose(0, 1), k.transpose(0, 1), cos, sin, positions.T
-rotary._launch(*apart)
-assert rotary._launches.again(apart) is None
+q, k, positions = torch.randn(2, 3, 3, 64), torch.randn(2, 3, 1, 64), torch.zeros(2, 3, dtype=torch.int64)
+copied = [
+    (torch.randn(3, 2, 3, 64).transpose(0, 1), k, cos, sin, positions),
+    (q, torch.randn(3, 2, 1, 64).transpose(0, 1), cos, sin, positions),
+    (torch.randn(2, 3, 64, 3).transpose(2, 3), k, cos, sin, positions),
+    (q, k, cos, sin, torch.zeros(3, 2, dtype=torch.int64).T),
+]
+for inputs in copied:
+    rotary._launch(*inputs)
+    assert rotary._launches.again(inputs) is None
 """
 )
 
