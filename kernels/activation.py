@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import check_floating, next_power_of_2, register_op
+from mini_infer.kernels.common import cdiv, check_floating, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import release, wait
 from mini_infer.kernels.linear_common import inverse_rms
 
@@ -78,7 +78,7 @@ def _launch(x: Tensor, squares: Tensor | None, features: int, eps: float) -> Ten
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous().view(-1, 2 * intermediate)
     block = min(next_power_of_2(intermediate), 1024)
     parts = 1 if squares is None else squares.shape[0]
-    _silu_and_mul_kernel[(rows.shape[0], -(-intermediate // block))](
+    _silu_and_mul_kernel[(rows.shape[0], cdiv(intermediate, block))](
         rows,
         rows if squares is None else squares,
         out,

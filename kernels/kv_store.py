@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mini_infer.kernels.common import check_caches, check_index, check_same, next_power_of_2, register_op
+from mini_infer.kernels.common import cdiv, check_caches, check_index, check_same, next_power_of_2, register_op
 
 
 def store_kv_reference(
@@ -76,7 +76,7 @@ def _launch_store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache:
     value = value if value.stride(-1) == 1 else value.contiguous()
     block_dim = next_power_of_2(head_dim)
     block_heads = min(next_power_of_2(num_kv_heads), max(1, 2048 // block_dim))
-    _store_kv_kernel[(num_tokens, -(-num_kv_heads // block_heads))](
+    _store_kv_kernel[(num_tokens, cdiv(num_kv_heads, block_heads))](
         key,
         value,
         key_cache,

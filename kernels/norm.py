@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import dependent_launch
-from mini_infer.kernels.common import check_floating, check_same, next_power_of_2, register_op
+from mini_infer.kernels.common import cdiv, check_floating, check_same, next_power_of_2, register_op
 from mini_infer.kernels.dependent_launch import release, wait
 from mini_infer.kernels.relaunch import Launches
 
@@ -118,7 +118,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
             *(num_rows, inner, x_outer, x_inner, r_outer, r_inner),
             *(hidden, block_rows, block_hidden, dependent_launch.supported()),
         ),
-        grid=((num_rows + block_rows - 1) // block_rows, 1, 1),
+        grid=(cdiv(num_rows, block_rows), 1, 1),
         num_warps=min(max(block_hidden // 256, 4), 16),
         launch_pdl=dependent_launch.supported(),
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mini_infer.kernels.common import check_floating, check_index, check_same, next_power_of_2, register_op
+from mini_infer.kernels.common import cdiv, check_floating, check_index, check_same, next_power_of_2, register_op
 from mini_infer.kernels.relaunch import Launches
 
 _HEADS_PER_PROGRAM = 8
@@ -148,7 +148,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
     if num_tokens == 0:
         return q_out, k_out
     block_heads = min(next_power_of_2(num_kv_heads), _HEADS_PER_PROGRAM)
-    q_programs = -(-num_heads // block_heads)
+    q_programs = cdiv(num_heads, block_heads)
     half = head_dim // 2
     _launches.first(
         (q, k, cos, sin, position_ids),
@@ -160,7 +160,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
             *(q_stride_token, q_stride_head, k_stride_token, k_stride_head, cos.stride(0), sin.stride(0)),
             *(half, block_heads, next_power_of_2(half)),
         ),
-        grid=(num_tokens, q_programs + -(-num_kv_heads // block_heads), 1),
+        grid=(num_tokens, q_programs + cdiv(num_kv_heads, block_heads), 1),
         num_warps=2,
     )
     return q_out, k_out

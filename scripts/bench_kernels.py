@@ -4,9 +4,9 @@
     python scripts/bench_kernels.py --ops rmsnorm rope --compile --plot roofline.png
 
 An op's own GPU tests run first; while one of them fails the op gets no figures. Times are medians of captured graphs
-("graph": what a step of the engine pays) and of plain calls ("eager": with the launch from Python). The baseline is the
-formula in torch ops, for the products cuBLAS. Ceilings (reading, copying, multiplying) are measured in the same run.
-The last line is one JSON object.
+("graph": what a step of the engine pays) and of plain calls ("eager": with the launch from Python), which op and
+baseline take in turns. The baseline is the formula in torch ops, for the products cuBLAS. Ceilings (reading, copying,
+multiplying) are measured in the same run. The last line is one JSON object.
 """
 
 from __future__ import annotations

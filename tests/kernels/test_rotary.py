@@ -51,25 +51,23 @@ def test_fused_qkv_views(backend, assert_close):
 
 
 def test_what_has_to_be_copied(backend, assert_close):
-    """Heads that are not dense, and leading dimensions that no view can make one of."""
+    """Heads that are not dense, leading dimensions that no view can make one of, and strided positions."""
     cos, sin = tables(50, 32, backend.device)
-    positions = torch.tensor([[7, 1], [49, 2], [0, 3]], device=backend.device)
+    wide = torch.tensor([[7, 1, 0], [49, 2, 0], [0, 3, 0]], device=backend.device)
+    dense = wide[:, :2].contiguous()
     across = torch.randn(3, 2, 64, 4, device=backend.device).transpose(2, 3)
     apart = torch.randn(2, 3, 4, 64, device=backend.device).transpose(0, 1)
+    plain = torch.randn(3, 2, 4, 64, device=backend.device)
     run = backend.pick(apply_rotary_emb, _launch_rotary)
-    for q, k in ((across, apart[:, :, :1]), (apart, across[:, :, :1])):
+    for q, k, positions in (
+        (across, apart[:, :, :1], dense),
+        (apart, across[:, :, :1], dense),
+        (plain, plain[:, :, :1], wide[:, :2]),
+        (plain[:, 0], plain[:, 0, :1], wide[:, 0]),
+    ):
         q_out, k_out = run(q, k, cos, sin, positions)
         assert_close("q", q_out, expected_rotation(q, cos, sin, positions))
         assert_close("k", k_out, expected_rotation(k, cos, sin, positions))
-
-
-def test_strided_positions(backend, assert_close):
-    q, k = torch.randn(3, 2, 64, device=backend.device), torch.randn(3, 1, 64, device=backend.device)
-    cos, sin = tables(50, 32, backend.device)
-    positions = torch.tensor([[7, 1], [49, 2], [0, 3]], device=backend.device)[:, 0]
-    q_out, k_out = backend.pick(apply_rotary_emb, _launch_rotary)(q, k, cos, sin, positions)
-    assert_close("q", q_out, expected_rotation(q, cos, sin, positions))
-    assert_close("k", k_out, expected_rotation(k, cos, sin, positions))
 
 
 def test_one_call_after_another(backend, assert_close):
